@@ -1,0 +1,86 @@
+"""The autograd functions: what is saved, which operator runs in which direction, nothing else.
+
+Old-style functions (``forward(ctx, ...)``): the new style binds a signature on every call, 14 µs that a
+one-token layer feels.  Functorch transforms are therefore not supported.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+
+
+class TopkMixture(torch.autograd.Function):
+    """Frozen linear plus top-k mixture.  Saves x, the rank-space hidden, logits and the k choices per token."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base_output: Tensor | None,
+        lora_down: Tensor,
+        lora_up: Tensor,
+        router: Tensor,
+        seed: Tensor | None,
+        top_k: int,
+        scale: float,
+        renormalize: bool,
+        dropout: float,
+        dropout_per_expert: bool,
+        strategy: int,
+        expand_first: bool,
+        small_base: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        expand_first = expand_first and base_output is None
+        if base_output is not None:
+            # Never written in place: the module that made it may have saved it for its own backward.
+            y = base_output.clone(memory_format=torch.contiguous_format)
+        elif expand_first:
+            y = x.new_empty(x.shape[0], weight.shape[0])
+        elif small_base:
+            y = ops.small_linear(x, weight, bias)
+        else:
+            y = F.linear(x, weight, bias)
+        hidden, logits, selected, weights, counts, prob_sums = ops.topk_forward(
+            x, lora_down, lora_up, router, bias if expand_first else None, seed, y, top_k, scale,
+            renormalize, dropout, dropout_per_expert, not expand_first, strategy,
+        )  # fmt: skip
+        if expand_first:
+            y.addmm_(x, weight.t())
+        ctx.save_for_backward(
+            x, weight, lora_down, lora_up, router, seed, hidden, logits, selected, weights
+        )
+        ctx.scalars = (scale, renormalize, dropout, dropout_per_expert)
+        ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)
+        return y, counts, prob_sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor | None, _dcounts, dprob_sums: Tensor | None):
+        x, weight, lora_down, lora_up, router, seed, *routed = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        need_dx, need_dparams = need[0], any(need[4:7])
+        if dy is None:
+            dy = x.new_zeros(x.shape[0], lora_up.shape[2])
+        elif dy.stride(-1) != 1:
+            dy = dy.contiguous()
+
+        accumulate = weight is not None and need_dx
+        dx = torch.mm(dy, weight) if accumulate else x.new_empty(x.shape if need_dx else (0,))
+        dparams = ops.topk_backward(
+            dy, x, lora_down, lora_up, router, seed, *routed, dprob_sums, dx, *ctx.scalars, accumulate,
+            need_dx, need_dparams,
+        )  # fmt: skip
+        dlora_down, dlora_up, drouter = dparams if need_dparams else (None, None, None)
+        dweight = dy.t() @ x if need[1] else None
+        dbias = dy.sum(0) if need[2] else None
+        dbase = dy if need[3] else None
+        return (
+            dx if need_dx else None, dweight, dbias, dbase, dlora_down, dlora_up, drouter,
+            *(None,) * 9,
+        )  # fmt: skip

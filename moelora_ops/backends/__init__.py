@@ -1,0 +1,126 @@
+"""Which implementation runs: the one dispatch table.
+
+A back end is a name, the device type its kernels live on and a test of whether it can run here.  An explicit
+choice never falls back; the automatic one takes the first that fits and says once if that is the reference.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+
+from . import extension
+
+
+class Backend(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        name: what ``use_backend`` takes.
+        device: device type its kernels run on; None for any.
+        dtypes: what they compute in.
+        missing: returns why it cannot run here, or "" if it can.
+    """
+
+    name: str
+    device: str | None
+    dtypes: frozenset[torch.dtype]
+    missing: Callable[[], str]
+
+
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+# In order of preference per device.
+BACKENDS = (
+    Backend("cpu", "cpu", _FLOATS | {torch.float64}, extension.why_missing),
+    Backend("reference", None, _FLOATS | {torch.float64}, lambda: ""),
+)
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+_forced: ContextVar[str | None] = ContextVar("moelora_ops_backend", default=None)
+_default: str | None = os.environ.get("MOELORA_BACKEND") or None
+_said: set[str] = set()
+
+
+def _check_name(name: str | None) -> None:
+    if name is not None and name not in _BY_NAME:
+        raise ValueError(f"backend: wanted one of {sorted(_BY_NAME)} or None, got {name!r}")
+
+
+class use_backend(contextlib.ContextDecorator):
+    """Force a back end: ``with use_backend("reference"): ...``; None restores the automatic choice.
+
+    ``use_backend(name)`` takes effect inside a ``with`` block or around a decorated function, for the current
+    thread and context.  ``set_default_backend`` changes the process.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+
+    def __init__(self, name: str | None):
+        _check_name(name)
+        self.name = name
+        self._tokens = []
+
+    def __enter__(self):
+        self._tokens.append(_forced.set(self.name))
+        return self
+
+    def __exit__(self, *exc_info):
+        _forced.reset(self._tokens.pop())
+
+
+def set_default_backend(name: str | None) -> None:
+    """The back end of the whole process outside ``use_backend`` blocks (also: environment MOELORA_BACKEND)."""
+    global _default
+    _check_name(name)
+    _default = name
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the back end that runs for tensors on `device` of `dtype`.
+
+    Raises:
+        RuntimeError: a back end was asked for that cannot run here, or not on these tensors.
+    """
+    forced = _forced.get() or _default
+    if forced is not None:
+        _check_name(forced)
+        backend = _BY_NAME[forced]
+        why = _unfit(backend, device, dtype)
+        if why:
+            raise RuntimeError(f"backend {forced!r} was asked for, but {why}")
+        return forced
+    reasons = []
+    for backend in BACKENDS:
+        why = _unfit(backend, device, dtype)
+        if not why:
+            if backend.name == "reference":
+                _say_once(f"no kernels for {device.type} tensors: {'; '.join(reasons)}")
+            return backend.name
+        reasons.append(f"{backend.name}: {why}")
+    raise RuntimeError(f"no back end computes in {dtype} on {device}: {'; '.join(reasons)}")
+
+
+def _unfit(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
+    if backend.device not in (None, device.type):
+        return f"its kernels run on {backend.device} tensors and these are on {device.type}"
+    if dtype not in backend.dtypes:
+        return f"it does not compute in {dtype}"
+    return backend.missing()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said and not torch.compiler.is_compiling():
+        _said.add(message)
+        warnings.warn(f"moelora_ops runs the slower plain PyTorch path: {message}", stacklevel=4)
+
+
+def available() -> Iterator[tuple[str, str]]:
+    """(name, why it cannot run here or "") for every back end."""
+    for backend in BACKENDS:
+        yield backend.name, backend.missing()

@@ -1,0 +1,90 @@
+"""Every operator's schema, fake and dispatch, in one place.
+
+The schemas live here and not in C++, so that the package imports, traces and falls back without its compiled
+part.  Kernels only add implementations: the CPU extension through the stable ABI when it is loaded.
+
+An operator is one direction of the skeleton *shrink -> mix -> expand* with one mix; what the library GEMM does
+better (the frozen linear itself) stays outside.  `y` and `dx` are written in place because they are the base
+GEMM's output or its accumulator, and a second [T, N] buffer would cost more than the adapter.
+
+Letters: T tokens, K in_features, N out_features, E experts, r rank, k top-k.
+"""
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("moelora_ops", "DEF")
+
+# Values of `strategy`.  AUTO lets the kernel choose from (E, r, k) alone, so that the bits of a token never
+# depend on how many other tokens there are.
+STRATEGIES = {"auto": 0, "stacked": 1, "grouped": 2}
+
+_library.define(
+    "topk_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor? bias, Tensor? seed,"
+    " Tensor(a!) y, int top_k, float scale, bool renormalize, float dropout, bool dropout_per_expert,"
+    " bool accumulate, int strategy)"
+    " -> (Tensor hidden, Tensor logits, Tensor selected, Tensor weights, Tensor counts, Tensor prob_sums)"
+)
+_library.define(
+    "topk_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor? seed,"
+    " Tensor hidden, Tensor logits, Tensor selected, Tensor weights, Tensor? dprob_sums, Tensor(a!) dx,"
+    " float scale, bool renormalize, float dropout, bool dropout_per_expert, bool accumulate,"
+    " bool need_dx, bool need_dparams)"
+    " -> (Tensor dlora_down, Tensor dlora_up, Tensor drouter)"
+)
+_library.define("small_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+# Bound once: looking a packet up costs more than the dispatch itself.
+topk_forward = torch.ops.moelora_ops.topk_forward.default
+topk_backward = torch.ops.moelora_ops.topk_backward.default
+small_linear = torch.ops.moelora_ops.small_linear.default
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products of `dtype` accumulate in, and what logits, weights and hidden are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_stacked(strategy: int, num_experts: int, rank: int, top_k: int) -> bool:
+    """Whether the kernels compute all experts densely (``stacked``) or only the chosen ones (``grouped``).
+
+    The grouped kernels touch k*r rows of a token one token at a time; the stacked ones touch all E*r rows but
+    share each load between several tokens, which measures up to 1.5 times the flop rate (docs/design.md).
+    """
+    if strategy == STRATEGIES["auto"]:
+        return 3 * top_k > 2 * num_experts
+    return strategy == STRATEGIES["stacked"]
+
+
+@torch.library.register_fake("moelora_ops::topk_forward")
+def _topk_forward_fake(
+    x, lora_down, lora_up, router, bias, seed, y, top_k, scale, renormalize, dropout, dropout_per_expert,
+    accumulate, strategy,
+):  # fmt: skip
+    num_experts, rank, _ = lora_down.shape
+    tokens = x.shape[0]
+    wide = accumulator_dtype(x.dtype)
+    rows = num_experts if is_stacked(strategy, num_experts, rank, top_k) else top_k
+    return (
+        x.new_empty((tokens, rows * rank), dtype=wide),
+        x.new_empty((tokens, num_experts), dtype=wide),
+        x.new_empty((tokens, top_k), dtype=torch.int32),
+        x.new_empty((tokens, top_k), dtype=wide),
+        x.new_empty((num_experts,), dtype=torch.int64),
+        x.new_empty((num_experts,), dtype=wide),
+    )
+
+
+@torch.library.register_fake("moelora_ops::topk_backward")
+def _topk_backward_fake(
+    dy, x, lora_down, lora_up, router, seed, hidden, logits, selected, weights, dprob_sums, dx, scale,
+    renormalize, dropout, dropout_per_expert, accumulate, need_dx, need_dparams,
+):  # fmt: skip
+    if not need_dparams:
+        return tuple(lora_down.new_empty((0,)) for _ in range(3))
+    return tuple(p.new_empty(p.shape) for p in (lora_down, lora_up, router))
+
+
+@torch.library.register_fake("moelora_ops::small_linear")
+def _small_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
