@@ -100,7 +100,7 @@ def mola(
         rows,
         weight,
         bias,
-        None if base_output is None else base_output.reshape(tokens, -1),
+        None if base_output is None else base_output.reshape(-1, base_output.shape[-1]),
         lora_down.contiguous(),
         lora_up.contiguous(),
         router.contiguous(),

@@ -75,7 +75,10 @@ def mola(
     if renormalize:
         chosen = chosen / chosen.sum(-1, keepdim=True)
 
-    y = F.linear(tokens, weight, bias) if base_output is None else base_output.reshape(len(tokens), -1)
+    if base_output is None:
+        y = F.linear(tokens, weight, bias)
+    else:
+        y = base_output.reshape(-1, base_output.shape[-1])
     for e in range(num_experts):
         is_chosen = selected == e
         gate = (chosen * is_chosen).sum(-1, keepdim=True)
