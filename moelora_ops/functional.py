@@ -66,8 +66,9 @@ def mola(
     Returns:
         y ``[..., N]`` in x's dtype, or ``(y, routing)``.
 
-    Under autocast all floating-point arguments are cast to the autocast dtype first.  A token with a non-finite
-    logit still selects `top_k` existing experts; its output row is NaN and no other row changes.
+    Under autocast all floating-point arguments are cast to the autocast dtype first.  A token with a NaN or +inf
+    logit, or without a finite one, still selects `top_k` existing experts; its output row is NaN and no other row
+    changes.  Beside finite logits, -inf is a probability of zero.
 
     Raises:
         TypeError: an argument has another dtype than x, or is no tensor.
@@ -75,7 +76,7 @@ def mola(
         RuntimeError: a back end was forced that cannot run here.
     """
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         low = torch.get_autocast_dtype(device_type)
         x, weight, bias, lora_down, lora_up, router, base_output = (
             _autocast(t, low) for t in (x, weight, bias, lora_down, lora_up, router, base_output)
@@ -85,7 +86,7 @@ def mola(
     )
     backend = backends.choose(x.device, x.dtype)
     if backend == "reference":
-        with torch.autocast(device_type, enabled=False):
+        with reference.no_autocast(device_type):
             y, routing = reference.mola(
                 x, weight, bias, lora_down, lora_up, router, top_k, scale, renormalize,
                 dropout=dropout, dropout_mode=dropout_mode, seed=seed, base_output=base_output,
@@ -110,7 +111,7 @@ def mola(
         renormalize,
         dropout,
         dropout_mode == "expert",
-        ops.STRATEGIES[strategy],
+        ops.is_stacked(strategy, lora_down.shape[0], top_k),
         _expand_first(x.dtype, tokens),
         _small_base(weight, x.dtype, tokens),
     )
@@ -179,11 +180,12 @@ def _check_mola(
     check_dropout(dropout, dropout_mode)
     if dropout > 0:
         if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError("seed: wanted an int64 tensor of one element, as dropout > 0")
+            got = f"{seed.dtype} {_shape(seed)}" if isinstance(seed, Tensor) else _shape(seed)
+            raise ValueError(f"seed: wanted an int64 tensor of one element, as dropout > 0, got {got}")
         if seed.device != x.device:
             raise ValueError(f"seed: wanted device {x.device} like x, got {seed.device}")
     if strategy not in ops.STRATEGIES:
-        raise ValueError(f"strategy: wanted one of {sorted(ops.STRATEGIES)}, got {strategy!r}")
+        raise ValueError(f"strategy: wanted one of {ops.STRATEGIES}, got {strategy!r}")
 
 
 def check_top_k(top_k: int, num_experts: int) -> None:

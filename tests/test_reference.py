@@ -58,7 +58,7 @@ def keep_row(seed, t, features, p, expert):
     for i in range(features):
         words = philox_ints((i // 8, t % 2**32, expert, t >> 32), (seed % 2**32, seed >> 32))
         word = words[(i % 8) // 2]
-        row[i] = (word >> 16 if i % 2 else word & 0xFFFF) >= round(p * 2**16)
+        row[i] = (word >> 16 if i % 2 else word & 0xFFFF) >= math.floor(p * 2**16 + 0.5)
     return row
 
 

@@ -6,9 +6,9 @@ choice never falls back; the automatic one takes the first that fits and says on
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,18 @@ BACKENDS = (
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
-_forced: ContextVar[str | None] = ContextVar("moelora_ops_backend", default=None)
+
+class _Forced(threading.local):
+    """The names of the ``use_backend`` blocks that this thread is in, innermost last.
+
+    Not a ContextVar: torch.compile cannot trace one, while it guards on this.
+    """
+
+    def __init__(self):
+        self.names: list[str | None] = []
+
+
+_forced = _Forced()
 _default: str | None = os.environ.get("MOELORA_BACKEND") or None
 _said: set[str] = set()
 
@@ -55,7 +66,7 @@ class use_backend(contextlib.ContextDecorator):
     """Force a back end: ``with use_backend("reference"): ...``; None restores the automatic choice.
 
     ``use_backend(name)`` takes effect inside a ``with`` block or around a decorated function, for the current
-    thread and context.  ``set_default_backend`` changes the process.
+    thread.  ``set_default_backend`` changes the process.
 
     Raises:
         ValueError: the name is unknown.
@@ -64,14 +75,13 @@ class use_backend(contextlib.ContextDecorator):
     def __init__(self, name: str | None):
         _check_name(name)
         self.name = name
-        self._tokens = []
 
     def __enter__(self):
-        self._tokens.append(_forced.set(self.name))
+        _forced.names.append(self.name)
         return self
 
     def __exit__(self, *exc_info):
-        _forced.reset(self._tokens.pop())
+        _forced.names.pop()
 
 
 def set_default_backend(name: str | None) -> None:
@@ -87,7 +97,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: a back end was asked for that cannot run here, or not on these tensors.
     """
-    forced = _forced.get() or _default
+    forced = _forced.names[-1] if _forced.names else _default
     if forced is not None:
         _check_name(forced)
         backend = _BY_NAME[forced]

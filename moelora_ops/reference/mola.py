@@ -4,6 +4,7 @@ A loop over the experts in eager PyTorch, any dtype up to float64, on any device
 judged against, so it shares nothing with them.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -24,6 +25,13 @@ class Routing(NamedTuple):
 
     counts: Tensor
     prob_sums: Tensor
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Switches autocast off, on devices that have it (``"meta"`` has none)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def mola(
@@ -66,7 +74,7 @@ def mola(
     tokens = x.reshape(-1, x.shape[-1])
     # Router arithmetic is at least float32, also under autocast: rounded logits choose other experts.
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         logits = tokens.to(wide) @ router.to(wide).T
     probs = logits.softmax(-1)
     # A stable sort gives ties to the lower index, which torch.topk leaves open.
@@ -145,3 +153,7 @@ class MoLALinear(nn.Module):
             seed=seed, base_output=self.base(x),
         )  # fmt: skip
         return y
+
+    def __getstate__(self):
+        # The last call's by-products belong to its autograd graph: not to be copied or pickled.
+        return {**self.__dict__, "routing": None}

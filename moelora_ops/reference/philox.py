@@ -70,4 +70,4 @@ def keep_mask(seed: Tensor, tokens: int, features: int, p: float, expert: int = 
 
 def dropout_threshold(p: float) -> int:
     """Drop where the 16 random bits are below this."""
-    return round(p * 65536)
+    return int(p * 65536 + 0.5)
