@@ -31,7 +31,7 @@ class TopkMixture(torch.autograd.Function):
         renormalize: bool,
         dropout: float,
         dropout_per_expert: bool,
-        strategy: int,
+        stacked: bool,
         expand_first: bool,
         small_base: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +47,7 @@ class TopkMixture(torch.autograd.Function):
             y = F.linear(x, weight, bias)
         hidden, logits, selected, weights, counts, prob_sums = ops.topk_forward(
             x, lora_down, lora_up, router, bias if expand_first else None, seed, y, top_k, scale,
-            renormalize, dropout, dropout_per_expert, not expand_first, strategy,
+            renormalize, dropout, dropout_per_expert, not expand_first, stacked,
         )  # fmt: skip
         if expand_first:
             y.addmm_(x, weight.t())
@@ -55,6 +55,7 @@ class TopkMixture(torch.autograd.Function):
             x, weight, lora_down, lora_up, router, seed, hidden, logits, selected, weights
         )
         ctx.scalars = (scale, renormalize, dropout, dropout_per_expert)
+        ctx.stacked = stacked
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return y, counts, prob_sums
@@ -74,7 +75,7 @@ class TopkMixture(torch.autograd.Function):
         dx = torch.mm(dy, weight) if accumulate else x.new_empty(x.shape if need_dx else (0,))
         dparams = ops.topk_backward(
             dy, x, lora_down, lora_up, router, seed, *routed, dprob_sums, dx, *ctx.scalars, accumulate,
-            need_dx, need_dparams,
+            ctx.stacked, need_dx, need_dparams,
         )  # fmt: skip
         dlora_down, dlora_up, drouter = dparams if need_dparams else (None, None, None)
         dweight = dy.t() @ x if need[1] else None

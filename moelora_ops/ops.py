@@ -15,21 +15,17 @@ from torch import Tensor
 
 _library = torch.library.Library("moelora_ops", "DEF")
 
-# Values of `strategy`.  AUTO lets the kernel choose from (E, r, k) alone, so that the bits of a token never
-# depend on how many other tokens there are.
-STRATEGIES = {"auto": 0, "stacked": 1, "grouped": 2}
-
 _library.define(
     "topk_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor? bias, Tensor? seed,"
     " Tensor(a!) y, int top_k, float scale, bool renormalize, float dropout, bool dropout_per_expert,"
-    " bool accumulate, int strategy)"
+    " bool accumulate, bool stacked)"
     " -> (Tensor hidden, Tensor logits, Tensor selected, Tensor weights, Tensor counts, Tensor prob_sums)"
 )
 _library.define(
     "topk_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor? seed,"
     " Tensor hidden, Tensor logits, Tensor selected, Tensor weights, Tensor? dprob_sums, Tensor(a!) dx,"
     " float scale, bool renormalize, float dropout, bool dropout_per_expert, bool accumulate,"
-    " bool need_dx, bool need_dparams)"
+    " bool stacked, bool need_dx, bool need_dparams)"
     " -> (Tensor dlora_down, Tensor dlora_up, Tensor drouter)"
 )
 _library.define("small_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -45,26 +41,30 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def is_stacked(strategy: int, num_experts: int, rank: int, top_k: int) -> bool:
-    """Whether the kernels compute all experts densely (``stacked``) or only the chosen ones (``grouped``).
+STRATEGIES = ("auto", "stacked", "grouped")
 
-    The grouped kernels touch k*r rows of a token one token at a time; the stacked ones touch all E*r rows but
-    share each load between several tokens, which measures up to 1.5 times the flop rate (docs/design.md).
+
+def is_stacked(strategy: str, num_experts: int, top_k: int) -> bool:
+    """Whether a kernel computes all experts of a token (``stacked``) or only the chosen ones (``grouped``).
+
+    On a CPU flops decide: grouped kernels touch k*r rows of a token, one token at a time; stacked ones touch all
+    E*r rows but share each load between several tokens, at up to 1.5 times the flop rate (docs/design.md).  The
+    choice depends on E and k alone, so that the bits of a token never depend on how many others there are.
     """
-    if strategy == STRATEGIES["auto"]:
+    if strategy == "auto":
         return 3 * top_k > 2 * num_experts
-    return strategy == STRATEGIES["stacked"]
+    return strategy == "stacked"
 
 
 @torch.library.register_fake("moelora_ops::topk_forward")
 def _topk_forward_fake(
     x, lora_down, lora_up, router, bias, seed, y, top_k, scale, renormalize, dropout, dropout_per_expert,
-    accumulate, strategy,
+    accumulate, stacked,
 ):  # fmt: skip
     num_experts, rank, _ = lora_down.shape
     tokens = x.shape[0]
     wide = accumulator_dtype(x.dtype)
-    rows = num_experts if is_stacked(strategy, num_experts, rank, top_k) else top_k
+    rows = num_experts if stacked else top_k
     return (
         x.new_empty((tokens, rows * rank), dtype=wide),
         x.new_empty((tokens, num_experts), dtype=wide),
@@ -78,7 +78,7 @@ def _topk_forward_fake(
 @torch.library.register_fake("moelora_ops::topk_backward")
 def _topk_backward_fake(
     dy, x, lora_down, lora_up, router, seed, hidden, logits, selected, weights, dprob_sums, dx, scale,
-    renormalize, dropout, dropout_per_expert, accumulate, need_dx, need_dparams,
+    renormalize, dropout, dropout_per_expert, accumulate, stacked, need_dx, need_dparams,
 ):  # fmt: skip
     if not need_dparams:
         return tuple(lora_down.new_empty((0,)) for _ in range(3))

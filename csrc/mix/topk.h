@@ -1,0 +1,112 @@
+// The topk mix, row by row: logits -> softmax -> top-k -> (renormalised) weights, and its backward.
+// Formulas: docs/math.md, "topk".  Letters: E experts, r rank, k top-k.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "mix/exp.h"
+#include "mix/host_device.h"
+
+namespace moelora {
+
+// Integers in the order of the floats, so that a comparison cannot be defeated by NaN: NaN ranks highest, as in
+// torch.topk, and -0 equals +0.
+MOELORA_HD int32_t order_key(float v) {
+  if (v != v) return INT32_MAX;
+  v += 0.0f;
+  int32_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits ^ ((bits >> 31) & INT32_MAX);
+}
+
+MOELORA_HD int64_t order_key(double v) {
+  if (v != v) return INT64_MAX;
+  v += 0.0;
+  int64_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits ^ ((bits >> 63) & INT64_MAX);
+}
+
+// One token's choice.  Ties go to the lower index.
+//   logits   [E]
+//   selected [k]  out: experts in descending order of logit
+//   weights  [k]  out: softmax over the selected (renormalize) or their share of the full softmax
+//   probs    [E]  out: the full softmax
+template <class A>
+MOELORA_HD void topk_forward_row(const A* logits, int E, int k, bool renormalize, int32_t* selected,
+                                 A* weights, A* probs) {
+  // The s-th choice is the largest key after the (s-1)-th in (key descending, index ascending) order, so no
+  // scratch marks what was taken, and a NaN cannot select a column that does not exist.
+  auto previous_key = order_key(A(0));
+  int previous = -1;
+  for (int s = 0; s < k; ++s) {
+    int best = -1;
+    auto best_key = previous_key;
+    for (int e = 0; e < E; ++e) {
+      const auto key = order_key(logits[e]);
+      const bool taken =
+          s > 0 && (key > previous_key || (key == previous_key && e <= previous));
+      if (!taken && (best < 0 || key > best_key)) {
+        best = e;
+        best_key = key;
+      }
+    }
+    selected[s] = best;
+    previous = best;
+    previous_key = best_key;
+  }
+
+  const A largest = logits[selected[0]];
+  A total = 0;
+  for (int e = 0; e < E; ++e) probs[e] = exp_nonpositive(logits[e] - largest);
+  for (int e = 0; e < E; ++e) total += probs[e];
+  A chosen = total;
+  if (renormalize) {
+    chosen = 0;
+    for (int s = 0; s < k; ++s) chosen += probs[selected[s]];
+  }
+  for (int s = 0; s < k; ++s) weights[s] = probs[selected[s]] / chosen;
+  for (int e = 0; e < E; ++e) probs[e] /= total;
+}
+
+// Full softmax of one token, for the gradients that need it.
+template <class A>
+MOELORA_HD void softmax_row(const A* logits, int E, A* probs) {
+  A largest = logits[0];
+  for (int e = 1; e < E; ++e)
+    if (order_key(logits[e]) > order_key(largest)) largest = logits[e];
+  A total = 0;
+  for (int e = 0; e < E; ++e) probs[e] = exp_nonpositive(logits[e] - largest);
+  for (int e = 0; e < E; ++e) total += probs[e];
+  for (int e = 0; e < E; ++e) probs[e] /= total;
+}
+
+// dweights[s] = scale <dH'_s, H_s>: how the loss moves with the weight of slot s.  Rows are r long.
+template <class A>
+MOELORA_HD A dweight_row(const A* dhidden_out, const A* hidden, int r, A scale) {
+  A sum = 0;
+  for (int j = 0; j < r; ++j) sum += dhidden_out[j] * hidden[j];
+  return scale * sum;
+}
+
+// Renormalised weights are a softmax over the selected logits only:
+//   dlogits_s = w_s (dw_s - Σ_s' w_s' dw_s'), zero for every other expert.
+//   dweights [k] in, dlogits [k] out: one per slot
+template <class A>
+MOELORA_HD void topk_backward_selected(const A* weights, const A* dweights, int k, A* dlogits) {
+  A mean = 0;
+  for (int s = 0; s < k; ++s) mean += weights[s] * dweights[s];
+  for (int s = 0; s < k; ++s) dlogits[s] = weights[s] * (dweights[s] - mean);
+}
+
+// The full softmax's backward: dlogits_e = p_e (dp_e - Σ p dp), added to dlogits [E].
+//   dprobs [E]: the gradient of probs
+template <class A>
+MOELORA_HD void softmax_backward_row(const A* probs, const A* dprobs, int E, A* dlogits) {
+  A mean = 0;
+  for (int e = 0; e < E; ++e) mean += probs[e] * dprobs[e];
+  for (int e = 0; e < E; ++e) dlogits[e] += probs[e] * (dprobs[e] - mean);
+}
+
+}  // namespace moelora

@@ -1,0 +1,142 @@
+"""A mixture of short reasoning tasks: made by reasoning-gym, worded for a chat model, padded into batches."""
+
+import random
+from typing import NamedTuple
+
+import reasoning_gym
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Settings of each reasoning-gym task, small enough for a model of 135M parameters.
+TASKS: dict[str, dict] = {
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "products": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    "gcd": {"min_value": 1, "max_value": 40},
+    "prime_factorization": {"min_value": 2, "max_value": 99},
+    "spell_backward": {"min_word_len": 3, "max_word_len": 4},
+    "word_sequence_reversal": {"min_words": 2, "max_words": 3},
+    "letter_counting": {"min_words": 2, "max_words": 4},
+    "syllogism": {},
+    "calendar_arithmetic": {"tasks": ["weekday_of_date"]},
+    "fraction_simplification": {"min_value": 1, "max_value": 9, "min_factor": 2, "max_factor": 9},
+    "number_filtering": {"min_numbers": 2, "max_numbers": 3, "max_decimals": 0},
+    "coin_flip": {},
+    "family_relationships": {},
+    "count_bits": {"min_n": 1, "max_n": 63},
+    "simple_equations": {"max_value": 10},
+    "leg_counting": {"max_animals": 2, "max_instances": 3},
+}
+
+SYSTEM = "Reply with the answer only."
+IGNORED = -100  # label of a token that carries no loss
+
+
+class Example(NamedTuple):
+    """One question and its answer as token ids; the answer ends with the end-of-turn token."""
+
+    task: str
+    question: list[int]
+    answer: list[int]
+
+
+class Batch(NamedTuple):
+    """Padded examples.
+
+    Attributes:
+        ids: ``[B, L]`` int64, padded on the right.
+        mask: ``[B, L]`` int64, 1 on real tokens.
+        labels: ``[B, L]``, the token that should come *next* where that is part of an answer, else ``IGNORED``.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+
+def make_examples(
+    tokenizer, task: str, count: int, length: int, seed: int, exclude: frozenset = frozenset()
+) -> list[Example]:
+    """`count` different examples of at most `length` tokens whose questions are not in `exclude`."""
+    examples, seen = [], set(exclude)
+    for item in reasoning_gym.create_dataset(task, seed=seed, size=20 * count, **TASKS[task]):
+        messages = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": item["question"].strip()},
+        ]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        question = tokenizer.encode(text, add_special_tokens=False)
+        answer = tokenizer.encode(item["answer"], add_special_tokens=False) + [
+            tokenizer.eos_token_id
+        ]
+        if tuple(question) not in seen and len(question) + len(answer) <= length:
+            seen.add(tuple(question))
+            examples.append(Example(task, question, answer))
+        if len(examples) == count:
+            return examples
+    raise ValueError(
+        f"{task}: only {len(examples)} of {count} different examples within {length} tokens"
+    )
+
+
+def collate(examples: list[Example], pad: int) -> Batch:
+    """Pad on the right to the longest example; labels only where an answer's token is to be predicted."""
+    length = max(len(e.question) + len(e.answer) for e in examples)
+    ids = torch.full((len(examples), length), pad)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for row, e in enumerate(examples):
+        start, end = len(e.question), len(e.question) + len(e.answer)
+        ids[row, :end] = torch.tensor(e.question + e.answer)
+        mask[row, :end] = 1
+        labels[row, start - 1 : end - 1] = torch.tensor(e.answer)
+    return Batch(ids, mask, labels)
+
+
+def batches(examples: list[Example], size: int, steps: int, pad: int, seed: int) -> list[Batch]:
+    """`steps` batches of `size` examples: every epoch in a new order."""
+    shuffle, order = random.Random(seed), []
+    while len(order) < size * steps:
+        order += shuffle.sample(examples, len(examples))
+    return [collate(order[i * size : (i + 1) * size], pad) for i in range(steps)]
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits ``[A, vocabulary]`` and labels ``[A]`` of the A answer tokens; the others skip the large head."""
+    hidden = model.get_decoder()(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)[0]
+    wanted = batch.labels != IGNORED
+    return model.get_output_embeddings()(hidden[wanted]), batch.labels[wanted]
+
+
+def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the answer tokens."""
+    logits, labels = answer_logits(model, batch)
+    return F.cross_entropy(logits.float(), labels)
+
+
+class Score(NamedTuple):
+    """Held-out result of a task: mean loss per answer token, share of answers that are right in full."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, examples: list[Example], size: int, pad: int) -> dict[str, Score]:
+    """Scores per task.
+
+    An answer counts as right if each of its tokens is the most likely one after the right ones before it: then,
+    and only then, greedy decoding writes exactly this answer.
+    """
+    scores = {}
+    for task in dict.fromkeys(e.task for e in examples):
+        chosen = [e for e in examples if e.task == task]
+        losses, right = [], []
+        for i in range(0, len(chosen), size):
+            group = chosen[i : i + size]
+            logits, labels = answer_logits(model, collate(group, pad))
+            losses.append(F.cross_entropy(logits.float(), labels, reduction="none"))
+            hits = (logits.argmax(-1) == labels).split([len(e.answer) for e in group])
+            right += [bool(hit.all()) for hit in hits]
+        scores[task] = Score(torch.cat(losses).mean().item(), sum(right) / len(right))
+    return scores

