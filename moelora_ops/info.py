@@ -48,7 +48,7 @@ def collect() -> dict:
 
 
 def machine() -> dict:
-    """CPU model, cores that this process may use, and the instruction set that torch itself runs at."""
+    """CPU model, cores that this process may use, instruction set that torch itself runs at."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
@@ -107,7 +107,7 @@ def format_info(info: dict) -> str:
         ("own frozen product", f"{'on' if small['enabled'] else 'off'}: tokens in {limits}"),
         ("environment", ""),
         *(
-            (f"  {name}", f"{'not set' if value is None else value!r}  ({ENVIRONMENT[name]})")
+            (f"  {name}", f"{'not set' if value is None else repr(value)}  ({ENVIRONMENT[name]})")
             for name, value in info["environment"].items()
         ),
     ]

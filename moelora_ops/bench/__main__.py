@@ -1,4 +1,4 @@
-"""The microbenchmarks: our layers against plain PyTorch, checked for numerics, in interleaved rounds."""
+"""Microbenchmarks: our layers against plain PyTorch, numerics checked, in interleaved rounds."""
 
 import argparse
 import sys
@@ -124,35 +124,44 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     method = METHODS[arguments.method]
-    try:
-        cases, settings = _select(method, arguments), _settings(arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    if arguments.list:
-        for case in cases:
-            print(f"{case.name:<8} {case.dtype}  {case}  {', '.join(case.directions)}")
-        return 0
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
-    try:
-        with backends.use_backend(arguments.backend):
-            records = _measure(method, cases, settings)
-            document = report.header(method, settings, argv) | {"cases": records}
-        print(report.EXPLANATION)
+    outputs = [
+        (path, write)
         for path, write in (
             (arguments.json, report.write_json),
             (arguments.markdown, report.write_markdown),
             (arguments.plot, report.write_plot),
-        ):
-            if path is not None:
-                write(path, document)
-                print(f"wrote {path}")
-    except (RuntimeError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
+        )
+        if path is not None
+    ]
+    with backends.use_backend(arguments.backend):
+        # All that can be known to fail fails now, not after minutes of measuring.
+        try:
+            cases, settings = _select(method, arguments), _settings(arguments)
+            for path, _ in outputs:
+                if not path.resolve().parent.is_dir():
+                    raise ValueError(f"{path}: its folder does not exist")
+            if not arguments.list:
+                report.require("rich", *(["matplotlib"] if arguments.plot else []))
+                for case in cases:
+                    backends.choose(torch.device("cpu"), DTYPES[case.dtype])
+        except (ValueError, RuntimeError) as error:
+            parser.error(str(error))
+        if arguments.list:
+            for case in cases:
+                print(f"{case.name:<8} {case.dtype}  {case}  {', '.join(case.directions)}")
+            return 0
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(arguments.threads)
+        try:
+            records = _measure(method, cases, settings)
+            document = report.header(method, settings, argv) | {"cases": records}
+        finally:
+            torch.set_num_threads(threads)
+    print(report.EXPLANATION)
+    for path, write in outputs:
+        write(path, document)
+        print(f"wrote {path}")
     return 1 if any("refused" in record for record in records) else 0
 
 

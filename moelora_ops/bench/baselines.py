@@ -1,8 +1,8 @@
-"""Plain PyTorch layers to measure against, as good as plain PyTorch allows, with our layers' parameters.
+"""Plain PyTorch layers to measure against, as good as plain PyTorch allows.
 
-They take the constructor arguments of the fused layer and name their parameters alike, and ``from_reference``
-shares the parameters of any layer of the method.  Dropout is left out: every variant is timed and checked on the
-same numbers.
+They take the constructor arguments of the fused layer and name their parameters alike, and
+``from_reference`` shares the parameters of any layer of the method.  Dropout is left out: every
+variant is timed and checked on the same numbers.
 """
 
 import torch
@@ -13,8 +13,9 @@ from .. import nn
 
 
 class _PlainMoLALinear(nn.MoLALinear):
-    # Logits in float32 like the kernels: logits rounded to 16 bits choose other experts now and then, which is
-    # another function and no baseline for errors.  It costs a float32 copy of x, hence the fast variant below.
+    # Logits in float32 like the kernels: logits rounded to 16 bits choose other experts now and
+    # then, which is another function and no baseline for errors.  It costs a float32 copy of x,
+    # hence the fast variant below.
     float32_logits = True
 
     def __init__(self, *args, **kwargs):
@@ -41,7 +42,8 @@ class _PlainMoLALinear(nn.MoLALinear):
 class StackedMoLALinear(_PlainMoLALinear):
     """All experts as one wide LoRA whose columns the gate scales: the baseline that counts.
 
-    The base must not keep its output for its backward (``nn.Linear`` does not): the experts are added in place.
+    The base must not keep its output for its backward (``nn.Linear`` does not): the experts are
+    added in place.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ class StackedMoLALinear(_PlainMoLALinear):
 
 
 class FastStackedMoLALinear(StackedMoLALinear):
-    """The stacked layer with the logits rounded to x's dtype: faster in 16 bits, other experts on near ties."""
+    """Logits rounded to x's dtype: faster in 16 bits, chooses other experts on near ties."""
 
     float32_logits = False
 

@@ -15,7 +15,7 @@ DTYPES = {
 
 
 class Floors(NamedTuple):
-    """Arithmetic of the adapter over that of the frozen linear: no implementation of that kind is faster.
+    """Arithmetic of the adapter over that of the frozen linear.
 
     Attributes:
         dense: every expert computed.
@@ -31,8 +31,8 @@ class Variant(NamedTuple):
 
     Attributes:
         name: in tables and json.
-        build: from a case and the fused layer to a module that shares its parameters, or None where the
-            variant would be the same as another one.
+        build: from a case and the fused layer to a module that shares its parameters, or None where
+            the variant would be the same as another one.
         compiled: run it through ``torch.compile``.
         baseline: one of the plain PyTorch implementations, not ours.
     """
@@ -49,8 +49,8 @@ class Method(NamedTuple):
     Attributes:
         name: subcommand of ``python -m moelora_ops.bench``.
         title: one line for people.
-        case_type: frozen dataclass with name, dtype (a key of :data:`DTYPES`), directions and the shape; every
-            int field is an option of the command.
+        case_type: frozen dataclass with name, dtype (a key of :data:`DTYPES`), directions and the
+            shape; every int field is an option of the command.
         cases: the named cases.
         make_inputs: (case, seed) to the fused layer, x and dy.
         reference: (layer, dtype) to the literal layer with the same parameters.

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import nn, reference
 from .baselines import ExpertLoopMoLALinear, FastStackedMoLALinear, StackedMoLALinear
 from .method import DTYPES, Floors, Method, Variant
-from .numerics import FORWARD, TRAIN
+from .numerics import FORWARD, TRAIN, InputsError
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,18 @@ def make_inputs(
 ) -> tuple[nn.MoLALinear, Tensor, Tensor]:
     """The fused layer, x ``[T, K]`` and dy ``[T, N]`` of `case`, all in its dtype.
 
-    Base and experts contribute alike to y, so that an error of either shows.  Tokens whose top-k is a near tie
+    Base and experts contribute alike to y, so that an error of either shows.  Tokens whose top-k is
+    a near tie
     are drawn again: two right implementations may disagree on those.
 
     Args:
         case: the shapes.
         seed: of everything random.
-        min_gap: least distance of the last chosen and the first unchosen logit, relative to the largest logit;
-            by default what rounding the logits to the case's dtype cannot close.
+        min_gap: least distance of the last chosen and the first unchosen logit, relative to the
+            largest logit; by default what rounding the logits to the case's dtype cannot close.
 
     Raises:
-        RuntimeError: nearly all tokens are near ties, as when half of very many experts are chosen.
+        InputsError: nearly all tokens are near ties, as when half of very many experts are chosen.
     """
     dtype = DTYPES[case.dtype]
     random = torch.Generator().manual_seed(seed)
@@ -101,14 +102,15 @@ def make_inputs(
         if not near.any():
             return layer, x, normal(case.tokens, case.out_features)
         x[near] = normal(int(near.sum()), case.in_features)
-    raise RuntimeError(
-        f"inputs: {int(near.sum())} of {case.tokens} tokens stay near ties of {case.top_k} of {case.experts}"
-        f" experts after 1000 draws; take fewer experts or a smaller min_gap than {min_gap:.1e}"
+    raise InputsError(
+        f"inputs: {int(near.sum())} of {case.tokens} tokens stay near ties of {case.top_k} of"
+        f" {case.experts} experts after 1000 draws; take fewer experts or a smaller min_gap than"
+        f" {min_gap:.1e}"
     )
 
 
 def near_ties(x: Tensor, router: Tensor, top_k: int, min_gap: float) -> Tensor:
-    """bool ``[T]``: whose choice of experts an error of `min_gap` times the largest logit could change."""
+    """bool ``[T]``: whose experts an error of `min_gap` times the largest logit could change."""
     if top_k == len(router):
         return torch.zeros(len(x), dtype=torch.bool)
     logits = x.double() @ router.detach().double().t()
@@ -119,8 +121,8 @@ def near_ties(x: Tensor, router: Tensor, top_k: int, min_gap: float) -> Tensor:
 def reference_layer(layer: nn.MoLALinear, dtype: torch.dtype) -> reference.MoLALinear:
     """The literal layer with copies of `layer`'s parameters in `dtype`."""
     literal = reference.MoLALinear(
-        copy.deepcopy(layer.base).to(dtype), layer.num_experts, layer.rank, layer.alpha, layer.top_k,
-        layer.dropout, layer.renormalize, dropout_mode=layer.dropout_mode,
+        copy.deepcopy(layer.base).to(dtype), layer.num_experts, layer.rank, layer.alpha,
+        layer.top_k, layer.dropout, layer.renormalize, dropout_mode=layer.dropout_mode,
     )  # fmt: skip
     literal.load_state_dict(layer.state_dict())
     return literal
@@ -129,8 +131,9 @@ def reference_layer(layer: nn.MoLALinear, dtype: torch.dtype) -> reference.MoLAL
 def floors(case: MoLACase, direction: str) -> Floors:
     """Multiply-adds of the experts and the router over those of the frozen linear.
 
-    Backward adds for each rank-space column one product for its gradient and one for its parameter's, on
-    either side; with renormalised top-k the gradient of the logits is zero outside the chosen experts.
+    Backward adds for each rank-space column one product for its gradient and one for its
+    parameter's, on either side; with renormalised top-k the gradient of the logits is zero outside
+    the chosen experts.
     """
     K, N, E = case.in_features, case.out_features, case.experts
 
@@ -167,8 +170,8 @@ MOLA = Method(
             lambda case, layer: StackedMoLALinear.from_reference(layer),
             compiled=True,
         ),
-        Variant("stacked-16bit-logits", _fast_stacked),
-        Variant("stacked-16bit-logits-compiled", _fast_stacked, compiled=True),
+        Variant("stacked-16bit", _fast_stacked),
+        Variant("stacked-16bit-compiled", _fast_stacked, compiled=True),
         Variant("expert-loop", lambda case, layer: ExpertLoopMoLALinear.from_reference(layer)),
         Variant("ours", lambda case, layer: layer, baseline=False),
     ),

@@ -1,6 +1,7 @@
 """Error budgets: an implementation may err twice as much as plain PyTorch of the same dtype does.
 
-All errors are against the float64 reference on the same rounded inputs, so there is no hand-tuned tolerance.
+All errors are against the float64 reference on the same rounded inputs, so there is no hand-tuned
+tolerance.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,10 @@ FORWARD, TRAIN = "forward", "train"
 
 class NumericsError(AssertionError):
     """An implementation exceeds its error budget."""
+
+
+class InputsError(ValueError):
+    """There are no inputs on which all right implementations must agree."""
 
 
 class Error(NamedTuple):
@@ -30,9 +35,10 @@ class Error(NamedTuple):
 def run(
     layer: nn.Module, x: Tensor, dy: Tensor | None = None, direction: str = TRAIN
 ) -> dict[str, Tensor]:
-    """Output of `layer`, and for ``"train"`` the gradients of x and of every trainable parameter, by name.
+    """Output of `layer`, and for ``"train"`` the gradients of x and of every trainable parameter.
 
-    Leaves ``.grad`` of all of them alone.
+    Returns:
+        y, dx and d<parameter name>; ``.grad`` of all of them is left alone.
     """
     if direction == FORWARD:
         with torch.no_grad():
@@ -45,7 +51,7 @@ def run(
 
 
 def error(got: Tensor, want: Tensor) -> Error:
-    """How far `got` is from the float64 `want`; infinite if it is not finite or has another shape."""
+    """How far `got` is from the float64 `want`; infinite if not finite or of another shape."""
     if got.shape != want.shape or not got.isfinite().all():
         return Error(float("inf"), float("inf"))
     if not got.numel():
@@ -53,7 +59,8 @@ def error(got: Tensor, want: Tensor) -> Error:
     difference = got.double() - want
     rms, largest = want.square().mean().sqrt().item(), want.abs().max().item()
     if rms < 1e-12:
-        # Rounding noise of a gradient that vanishes (the router's at top_k = 1): no scale but that of the inputs.
+        # Rounding noise of a gradient that vanishes (the router's at top_k = 1): no scale but that
+        # of the inputs.
         rms = largest = 1.0
     return Error(
         difference.square().mean().sqrt().item() / rms, difference.abs().max().item() / largest
@@ -61,10 +68,10 @@ def error(got: Tensor, want: Tensor) -> Error:
 
 
 def budget(plain: Error, dtype: torch.dtype, factor: float = 2.0) -> Error:
-    """`factor` times `plain`, which counts as no better than one rounding of the exact result to `dtype`."""
+    """`factor` times `plain`, which counts as no better than one rounding to `dtype`."""
     ulp = torch.finfo(dtype).eps
     if dtype == torch.float64:
-        ulp *= 32  # the reference itself is no closer to the truth: it sums a thousand rounded products
+        ulp *= 32  # the reference is no closer to the truth: it sums a thousand rounded products
     return Error(factor * max(plain.rms, ulp / 12**0.5), factor * max(plain.max, ulp / 2))
 
 
@@ -88,7 +95,8 @@ def check_numerics(
         The error of each quantity.
 
     Raises:
-        NumericsError: a quantity is missing, of another dtype, or beyond its budget; the message lists all.
+        NumericsError: a quantity is missing, of another dtype, or beyond its budget; the message
+            lists all.
     """
     if got.keys() != want.keys():
         raise NumericsError(f"{name}: wanted {sorted(want)}, got {sorted(got)}")

@@ -1,6 +1,10 @@
-"""What the benchmark hands back: tables, json, markdown, a plot, and the facts that make figures comparable."""
+"""What the benchmark hands back: tables, json, markdown, a plot, and the facts about the run.
+
+Tables need rich and the plot matplotlib, both optional: see :func:`require`.
+"""
 
 import contextlib
+import importlib
 import json
 import shlex
 import subprocess
@@ -14,12 +18,11 @@ from .. import info
 from .method import Method
 from .runner import BASE, Settings
 
-_EXTRA = "pip install 'moelora_ops[bench]'"
-
 EXPLANATION = (
-    "overhead = layer / frozen base - 1: median of the ratios inside each round, and of the fastest calls; "
-    "tax = layer / base; x floor = overhead over the least arithmetic; saved = bytes that autograd keeps for "
-    "backward beyond x and the parameters, by saved_tensors_hooks, distinct storages"
+    "overhead = layer / frozen base - 1: median of the ratios inside each round, and of the fastest"
+    " calls; tax = layer / base; x floor = overhead over the least arithmetic; saved = what"
+    " autograd keeps for backward beyond x and the parameters, by saved_tensors_hooks, distinct"
+    " storages; 16bit = router logits rounded to x's dtype"
 )
 _HEADERS = (
     "variant",
@@ -37,12 +40,14 @@ class MissingPackage(RuntimeError):
     """An optional package is not installed; the message says how to install it."""
 
 
-@contextlib.contextmanager
-def _needs(package: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise MissingPackage(f"this needs {package}, which is not installed: {_EXTRA}") from error
+def require(*packages: str) -> None:
+    """Raises MissingPackage unless all of them can be imported."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            message = f"needs {package}, which is not installed: pip install 'moelora_ops[bench]'"
+            raise MissingPackage(message) from error
 
 
 def header(method: Method, settings: Settings, argv: list[str]) -> dict:
@@ -82,8 +87,9 @@ def _note(record: dict) -> str:
     """The line under a table."""
     floors = record["floors"]
     note = (
-        f"floor {floors['sparse']:.2%} sparse, {floors['dense']:.2%} dense; ours on the {record['backend']}"
-        f" back end; {record['rounds']} rounds of {record['calls_per_sample']} calls"
+        f"floor {floors['sparse']:.2%} sparse, {floors['dense']:.2%} dense;"
+        f" ours on the {record['backend']} back end;"
+        f" {record['rounds']} rounds of {record['calls_per_sample']} calls"
     )
     if record["memory_target"] is not None:
         note += f"; memory target {record['memory_target'] / 1024:.0f} KiB"
@@ -106,11 +112,13 @@ def _rows(record: dict) -> list[list[str]]:
 
 def print_record(record: dict) -> None:
     """One case as a table on standard output, or why it is refused."""
-    with _needs("rich"):
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110  # into a file or a pipe, where nothing wraps
     if "refused" in record:
         console.print(
             f"[bold red]refused[/]  {escape(_title(record))}: {escape(record['refused'])}\n"
@@ -127,9 +135,9 @@ def print_record(record: dict) -> None:
 @contextlib.contextmanager
 def progress_bar(steps: int) -> Iterator:
     """A bar on standard error; yields ``show(step, share, text)``."""
-    with _needs("rich"):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=steps)
@@ -149,9 +157,9 @@ def write_markdown(path: Path, report: dict) -> None:
     lines = [
         f"# {report['method']}, {report['date'][:10]}, {machine['cpu']}",
         "",
-        f"`{report['command']}` at commit {report['commit']}; {facts['threads']} threads of {machine['cores']}"
-        f" cores, kernels at {facts['extension']['isa']}, torch {facts['torch']} at {machine['torch_isa']},"
-        f" Python {facts['python']}.",
+        f"`{report['command']}` at commit {report['commit']}; {facts['threads']} threads of"
+        f" {machine['cores']} cores, kernels at {facts['extension']['isa']}, torch {facts['torch']}"
+        f" at {machine['torch_isa']}, Python {facts['python']}.",
         "",
         f"{EXPLANATION}.",
     ]
@@ -169,8 +177,8 @@ def write_markdown(path: Path, report: dict) -> None:
 
 def write_plot(path: Path, report: dict) -> None:
     """Overhead of every variant, one panel per case, with the floors as lines."""
-    with _needs("matplotlib"):
-        from matplotlib.figure import Figure
+    from matplotlib.figure import Figure
+
     records = [record for record in report["cases"] if "refused" not in record]
     columns = min(2, max(1, len(records)))
     lines = max(1, -(-len(records) // columns))
@@ -180,6 +188,10 @@ def write_plot(path: Path, report: dict) -> None:
         _draw(axis, record)
     for axis in list(axes)[len(records) :]:
         axis.remove()
+    if records:
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2
+        )
     machine = report["info"]["machine"]
     figure.suptitle(
         f"{report['method']}: overhead over the frozen linear, lower is better\n"
@@ -192,7 +204,7 @@ def write_plot(path: Path, report: dict) -> None:
 def _draw(axis, record: dict) -> None:
     overheads = {n: 100 * v["overhead"] for n, v in record["variants"].items() if n != BASE}
     floors = {name: 100 * floor for name, floor in record["floors"].items()}
-    # The slowest variant may be off by an order of magnitude: cut its bar, not the others' resolution.
+    # The slowest may be off by an order of magnitude: cut its bar, not the others' resolution.
     ranked = sorted((*overheads.values(), floors["dense"]), reverse=True)
     limit = 1.25 * (ranked[1] if ranked[0] > 3 * max(ranked[1], 0) else ranked[0])
     lowest = min(0.0, *overheads.values()) * 1.25
@@ -207,4 +219,3 @@ def _draw(axis, record: dict) -> None:
     axis.set_xlim(lowest, limit * 1.2)
     axis.set_xlabel("overhead, %", fontsize=8)
     axis.set_title(_title(record), fontsize=9)
-    axis.legend(fontsize=7, loc="lower right")

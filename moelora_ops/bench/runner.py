@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import backends
 from . import numerics
 from .method import DTYPES, Method
-from .numerics import TRAIN, NumericsError
+from .numerics import TRAIN, InputsError, NumericsError
 
 BASE = "base"
 _MIN_ROUNDS = 3
@@ -58,13 +58,16 @@ class Competition(NamedTuple):
 def prepare(method: Method, case: Any, direction: str, settings: Settings) -> Competition:
     """Build every variant and hold it to its error budget.
 
-    A baseline may err four times as much as the reference run in the same dtype: enough for rounding in other
-    places, not for another function.  Our layer may err twice as much as the method's plain baseline.
+    A baseline may err four times as much as the reference run in the same dtype: enough for
+    rounding in other places, not for another function.  Our layer may err twice as much as the
+    method's plain baseline.
 
     Raises:
         NumericsError: a variant is wrong; nothing of this case may be reported then.
     """
-    torch.compiler.reset()  # the limit of recompilations is per code object, and every case is a new shape
+    if settings.compile:
+        # Recompilations are limited per code object, and every case is a new shape.
+        torch.compiler.reset()
     layer, x, dy = method.make_inputs(case, settings.seed)
     dtype = DTYPES[case.dtype]
 
@@ -105,7 +108,7 @@ def prepare(method: Method, case: Any, direction: str, settings: Settings) -> Co
 
 
 def make_call(layer: nn.Module, x: Tensor, dy: Tensor, direction: str) -> Callable[[], None]:
-    """One forward call, or one training step's forward and backward with fresh gradients, as a user makes it."""
+    """One forward call, or the forward and backward of one training step, as a user makes it."""
     if direction != TRAIN:
 
         def forward():
@@ -128,8 +131,8 @@ def make_call(layer: nn.Module, x: Tensor, dy: Tensor, direction: str) -> Callab
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     """What a forward call keeps for its backward beyond x and the parameters.
 
-    Sums the distinct storages that autograd packs (``torch.autograd.graph.saved_tensors_hooks``), each in full:
-    a view keeps all of its storage alive.
+    Sums the distinct storages that autograd packs (``torch.autograd.graph.saved_tensors_hooks``),
+    each in full: a view keeps all of its storage alive.
     """
     x = x.detach().requires_grad_()
     known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
@@ -154,8 +157,8 @@ def time_rounds(
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds per call of each variant, one sample a round, in a new random order every round.
 
-    Neighbours in time share the machine's mood, so ratios are taken inside a round.  Short calls are repeated
-    inside a sample; the first call's time says how often.
+    Neighbours in time share the machine's mood, so ratios are taken inside a round.  Short calls
+    are repeated inside a sample; the first call's time says how often.
 
     Args:
         calls: by name, all warm.
@@ -188,7 +191,7 @@ def time_rounds(
     return samples, repeats
 
 
-def summarise(samples: dict[str, list[float]], floor: float) -> dict[str, dict]:
+def summarize(samples: dict[str, list[float]], floor: float) -> dict[str, dict]:
     """Time, overhead and tax of each variant over the frozen base.
 
     Args:
@@ -196,8 +199,9 @@ def summarise(samples: dict[str, list[float]], floor: float) -> dict[str, dict]:
         floor: least overhead by arithmetic.
 
     Returns:
-        By variant: ``median_ms`` and ``min_ms``; ``overhead``, the median over rounds of time / base - 1;
-        ``overhead_of_minima``; ``tax``, layer / base; ``times_floor``, overhead in floors.
+        By variant: ``median_ms`` and ``min_ms``; ``overhead``, the median over rounds of time /
+        base - 1; ``overhead_of_minima``; ``tax``, layer / base; ``times_floor``, overhead in
+        floors.
     """
     base = samples[BASE]
     summary = {}
@@ -224,8 +228,9 @@ def run_case(
     """Check, then measure one case in one direction.
 
     Returns:
-        A record for json: the case, its floors, and per variant what :func:`summarise` says, the bytes saved for
-        backward (training only) and the errors; or ``refused``, with no figure at all, if a variant is wrong.
+        A record for json: the case, its floors, and per variant what :func:`summarize` says, the
+        bytes saved for backward (training only) and the errors; or ``refused``, with no figure at
+        all, if a variant is wrong or there are no inputs to check it on.
     """
     dtype = DTYPES[case.dtype]
     floors = method.floors(case, direction)
@@ -240,13 +245,13 @@ def run_case(
     }
     try:
         ready = prepare(method, case, direction, settings)
-    except NumericsError as error:
+    except (NumericsError, InputsError) as error:
         return record | {"refused": str(error)}
     calls = {n: make_call(layer, ready.x, ready.dy, direction) for n, layer in ready.layers.items()}
     for call in calls.values():
         call()  # first-call costs: allocator, primitive caches, backward graphs of the compiler
     samples, repeats = time_rounds(calls, settings, on_round)
-    variants = summarise(samples, min(floors))
+    variants = summarize(samples, min(floors))
     for name, layer in ready.layers.items():
         if direction == TRAIN:
             variants[name]["saved_bytes"] = saved_bytes(layer, ready.x)

@@ -1,0 +1,460 @@
+"""The benchmark: its baselines, checks and arithmetic, and the command end to end."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from moelora_ops import backends, bench
+from moelora_ops.bench import __main__ as command
+from moelora_ops.bench import report, runner
+from moelora_ops.bench.baselines import (
+    ExpertLoopMoLALinear,
+    FastStackedMoLALinear,
+    StackedMoLALinear,
+)
+from moelora_ops.bench.method import Variant
+from moelora_ops.bench.mola import MOLA, MoLACase, floors, make_inputs, near_ties, reference_layer
+from moelora_ops.bench.numerics import (
+    Error,
+    InputsError,
+    NumericsError,
+    budget,
+    check_numerics,
+    error,
+    run,
+)
+from moelora_ops.bench.runner import Settings
+
+BASELINES = (StackedMoLALinear, FastStackedMoLALinear, ExpertLoopMoLALinear)
+TINY = MoLACase("tiny", "fp32", tokens=40, in_features=24, out_features=20, experts=4, rank=3)
+QUICK = Settings(rounds=3, seconds=0.1, compile=False)
+TINY_OPTIONS = [
+    "--tokens", "40", "--in-features", "24", "--out-features", "20", "--experts", "4",
+    "--rank", "3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny():
+    return make_inputs(TINY)
+
+
+def with_ours(build):
+    """The method with another layer in our place."""
+    variants = tuple(v if v.baseline else v._replace(build=build) for v in MOLA.variants)
+    return MOLA._replace(variants=variants)
+
+
+class Planted(StackedMoLALinear):
+    """Wrong by a thousandth in one gradient, right in y."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if y.requires_grad:
+            y.register_hook(lambda dy: dy * 1.001)
+        return y
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "rank", "top_k"),
+    [
+        (0, 4, 2, 2), (1, 4, 3, 2), (3, 1, 2, 1), (31, 8, 2, 2), (32, 8, 2, 2), (40, 8, 4, 1),
+        (70, 5, 1, 5),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_are_the_reference_in_float64(
+    baseline, tokens, experts, rank, top_k, renormalize
+):
+    case = MoLACase("c", "fp64", max(tokens, 1), 17, 13, experts, rank, top_k)
+    layer, x, dy = make_inputs(case)
+    x, dy = x[:tokens], dy[:tokens]
+    layer.renormalize = renormalize
+    got = run(baseline.from_reference(layer), x, dy)
+    want = run(reference_layer(layer, torch.float64), x, dy)
+    assert got.keys() == {"y", "dx", "dlora_down", "dlora_up", "drouter"} == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_in_every_dtype(baseline, dtype):
+    layer, x, dy = make_inputs(replace(TINY, dtype=dtype))
+    want = run(reference_layer(layer, torch.float64), x.double(), dy.double())
+    literal = run(reference_layer(layer, x.dtype), x, dy)
+    check_numerics("baseline", run(baseline.from_reference(layer), x, dy), literal, want, factor=4)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_take_any_leading_shape(baseline, tiny):
+    layer, x, _ = tiny
+    module = baseline.from_reference(layer)
+    y = run(module, x, direction="forward")["y"]
+    folded = run(module, x.view(5, 8, -1), direction="forward")["y"]
+    torch.testing.assert_close(folded, y.view(5, 8, -1), rtol=0, atol=0)
+
+
+def test_baselines_share_parameters(tiny):
+    layer, _, _ = tiny
+    for baseline in BASELINES:
+        shared = dict(baseline.from_reference(layer).named_parameters())
+        assert shared.keys() == dict(layer.named_parameters()).keys()
+        assert all(shared[name] is p for name, p in layer.named_parameters())
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_refuse_dropout(baseline):
+    with pytest.raises(ValueError, match="dropout"):
+        baseline(nn.Linear(4, 4), 2, dropout=0.1)
+
+
+def test_float32_logits_decide_what_bfloat16_cannot():
+    layer = StackedMoLALinear(nn.Linear(2, 1, bias=False, dtype=torch.bfloat16), 2, 1, 1.0, 1)
+    rounded = FastStackedMoLALinear.from_reference(layer)
+    x = torch.tensor([[1.0, 2.0**-10]], dtype=torch.bfloat16)
+    chosen = []
+    with torch.no_grad():
+        layer.base.weight.zero_()
+        layer.lora_down.copy_(torch.tensor([1.0, 0.0]).expand(2, 1, 2))
+        layer.lora_up.copy_(torch.tensor([0.0, 1.0]).view(2, 1, 1))  # y is the chosen expert
+        for better in (0, 1):
+            layer.router.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+            layer.router[better, 1] = 1.0  # a lead of 2**-10, an eighth of bfloat16's step at 1
+            chosen.append((layer(x).item(), rounded(x).item()))
+    assert [right for right, _ in chosen] == [0, 1]
+    assert chosen[0][1] == chosen[1][1]  # a tie: the same expert, whichever is better
+
+
+def test_stacked_compiles_into_one_graph(tiny):
+    layer, x, dy = tiny
+    stacked = StackedMoLALinear.from_reference(layer)
+    torch.compiler.reset()
+    compiled = torch.compile(stacked, fullgraph=True, backend="aot_eager")
+    got, want = run(compiled, x, dy), run(stacked, x, dy)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
+@pytest.mark.parametrize(
+    ("case", "direction", "dense", "sparse"),
+    [
+        # By hand: K (Er + E) + N Er and K (kr + E) + N kr over K N.
+        (MoLACase("c", "bf16", 1024, 2048, 2048), "forward", 0.06640625, 0.01953125),
+        (MoLACase("c", "fp32", 1, 10, 100, 3, 2, 1), "forward", 0.69, 0.25),
+        # Backward adds 2 N Er + 2 K (Er + E) and 2 N kr + 2 K (kr + k); the base doubles.
+        (MoLACase("c", "bf16", 1024, 2048, 2048), "train", 0.099609375, 0.0263671875),
+        (MoLACase("c", "bf16", 9, 2048, 2048, 32, 1, 4), "train", 0.0703125, 0.015625),
+        (MoLACase("c", "fp32", 1, 10, 100, 3, 2, 1), "train", 1.035, 0.355),
+        (MoLACase("c", "fp32", 1, 2048, 2048, 8, 8, 8), "train", 0.099609375, 0.099609375),
+    ],
+)
+def test_floors(case, direction, dense, sparse):
+    assert floors(case, direction) == pytest.approx((dense, sparse), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_inputs_have_no_near_ties_and_repeat(dtype):
+    case = replace(TINY, dtype=dtype, tokens=300, experts=8)
+    layer, x, dy = make_inputs(case, seed=3)
+    gap = 2 * torch.finfo(x.dtype).eps
+    assert not near_ties(x, layer.router, case.top_k, gap).any()
+    again = make_inputs(case, seed=3)
+    assert torch.equal(x, again[1]) and torch.equal(dy, again[2])
+    assert all(map(torch.equal, layer.parameters(), again[0].parameters()))
+    assert not torch.equal(x, make_inputs(case, seed=4)[1])
+
+
+def test_near_ties_finds_them():
+    router = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    x = torch.tensor([[1.0, 0.5], [1.0, 0.99], [1.0, -0.5]])
+    # Top 1: the gaps relative to the largest logit are 1/3, 0.01/1.99 and 1.
+    assert near_ties(x, router, 1, 0.01).tolist() == [False, True, False]
+    assert near_ties(x, router, 1, 0.5).tolist() == [True, True, False]
+    assert not near_ties(x, router, 3, 10.0).any()
+
+
+def test_inputs_that_cannot_be_had():
+    with pytest.raises(InputsError, match=r"near ties of 2 of 4 experts.*min_gap"):
+        make_inputs(TINY, min_gap=3.0)
+    method = MOLA._replace(make_inputs=lambda case, seed: make_inputs(case, seed, min_gap=3.0))
+    assert "near ties" in runner.run_case(method, TINY, "forward", QUICK)["refused"]
+
+
+@pytest.mark.parametrize(("rank", "top_k"), [(8, 2), (1, 4), (4, 8)])
+def test_experts_contribute_as_much_as_the_base(rank, top_k):
+    case = MoLACase("c", "fp32", 200, 64, 64, 8, rank, top_k)
+    layer, x, _ = make_inputs(case)
+    with torch.no_grad():
+        base = layer.base(x)
+        ratio = (layer(x) - base).std() / base.std()
+    assert 0.5 < ratio < 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("tokens", 0), ("in_features", -1), ("rank", 0), ("top_k", 9)]
+)
+def test_impossible_cases_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        replace(TINY, **{field: value})
+
+
+def test_error_by_hand():
+    want = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    assert error(torch.tensor([3.0, -4.0]), want) == (0, 0)
+    # Differences 0 and 1: rms sqrt(1/2) over sqrt(25/2), largest 1 over 4.
+    assert error(torch.tensor([3.0, -3.0]), want) == pytest.approx((0.2, 0.25))
+    assert error(torch.tensor([3.0, float("nan")]), want) == (float("inf"), float("inf"))
+    assert error(torch.tensor([3.0]), want) == (float("inf"), float("inf"))
+    assert error(torch.empty(0), torch.empty(0, dtype=torch.float64)) == (0, 0)
+    # Rounding noise has no scale: the error is absolute.
+    assert error(torch.tensor([0.5]), torch.tensor([1e-17], dtype=torch.float64)) == (0.5, 0.5)
+
+
+def test_budget_is_twice_plain_but_no_less_than_rounding():
+    assert budget(Error(1e-3, 1e-2), torch.float32) == (2e-3, 2e-2)
+    assert budget(Error(0, 0), torch.bfloat16) == pytest.approx((2 * 2**-7 / 12**0.5, 2**-7))
+
+
+def test_check_numerics_finds_what_is_planted(tiny):
+    layer, x, dy = tiny
+    want = run(reference_layer(layer, torch.float64), x.double(), dy.double())
+    plain = run(StackedMoLALinear.from_reference(layer), x, dy)
+    assert check_numerics("fine", plain, plain, want).keys() == want.keys()
+
+    one_element = {**plain, "y": plain["y"].clone()}
+    one_element["y"][7, 3] += 1e-4
+    with pytest.raises(NumericsError, match=r"^spot: y: rms .*; y: max error"):
+        check_numerics("spot", one_element, plain, want)
+    with pytest.raises(NumericsError, match="drouter: rms"):
+        check_numerics("g", {**plain, "drouter": plain["drouter"] * 1.001}, plain, want)
+    with pytest.raises(NumericsError, match=r"dx: wanted torch\.float32, got torch.float64"):
+        check_numerics("wide", {**plain, "dx": plain["dx"].double()}, plain, want)
+    with pytest.raises(NumericsError, match=r"wanted .*'dx'.* got"):
+        check_numerics("missing", {k: v for k, v in plain.items() if k != "dx"}, plain, want)
+
+
+def test_run_leaves_gradients_alone(tiny):
+    layer, x, dy = tiny
+    run(layer, x, dy)
+    assert x.grad is None and all(p.grad is None for p in layer.parameters())
+
+
+def test_summary_by_hand():
+    samples = {"base": [1.0, 2.0, 4.0], "v": [2.0, 3.0, 5.0]}
+    summary = runner.summarize(samples, floor=0.25)
+    # Ratios 2, 1.5, 1.25.
+    assert summary["v"] == {
+        "median_ms": 3000, "min_ms": 2000, "overhead": 0.5, "overhead_of_minima": 1.0, "tax": 1.5,
+        "times_floor": 2.0,
+    }  # fmt: skip
+    assert summary["base"]["overhead"] == 0 and summary["base"]["times_floor"] is None
+
+
+def test_rounds_interleave_in_changing_order():
+    trace = []
+    calls = {name: lambda name=name: trace.append(name) for name in "abc"}
+    samples, repeats = runner.time_rounds(calls, Settings(rounds=20, seconds=60.0))
+    assert {name: len(times) for name, times in samples.items()} == {"a": 20, "b": 20, "c": 20}
+    assert repeats > 100  # appending takes far less than the shortest sample
+    order = trace[2::repeats]  # after the two calls that calibrate
+    rounds = {tuple(order[i : i + 3]) for i in range(0, len(order), 3)}
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(rounds) > 1
+
+
+def test_time_is_limited_and_reported():
+    shares = []
+    samples, _ = runner.time_rounds(
+        {"a": lambda: None}, Settings(rounds=1000, seconds=1e-9), shares.append
+    )
+    assert len(samples["a"]) == 3 and shares == [1.0] * 3
+
+
+def test_saved_bytes_by_hand(tiny):
+    class Saves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            # The product saves x and weight; the sigmoid its output; the last product two views of
+            # one storage, namely that output.
+            s = (x * self.weight).sigmoid()
+            return s[:, :3] * s[:, 3:]
+
+    assert runner.saved_bytes(Saves(), torch.randn(10, 6)) == 10 * 6 * 4
+    layer, x, _ = tiny
+    assert runner.saved_bytes(layer.base, x) == 0
+
+
+def test_training_call_makes_fresh_gradients(tiny):
+    layer, x, dy = tiny
+    call = runner.make_call(layer, x, dy, "train")
+    call()
+    first = layer.lora_up.grad
+    call()
+    assert layer.lora_up.grad is not first
+    torch.testing.assert_close(layer.lora_up.grad, first, rtol=0, atol=0)
+    assert x.grad is None  # a leaf of its own
+
+
+@pytest.mark.parametrize("direction", ["forward", "train"])
+def test_a_wrong_layer_is_refused(direction):
+    def off_by_a_thousandth(case, layer):
+        wrong = StackedMoLALinear.from_reference(layer)
+        wrong.alpha *= 1.001
+        return wrong
+
+    record = runner.run_case(with_ours(off_by_a_thousandth), TINY, direction, QUICK)
+    assert record["refused"].startswith("ours: y: rms error")
+    assert "variants" not in record
+
+
+def test_wrong_gradients_are_refused_in_training():
+    method = with_ours(lambda case, layer: Planted.from_reference(layer))
+    assert "refused" not in runner.run_case(method, TINY, "forward", QUICK)
+    refused = runner.run_case(method, TINY, "train", QUICK)["refused"]
+    assert "ours: dx: rms" in refused and "y:" not in refused
+
+
+def test_a_wrong_baseline_is_refused():
+    variants = (
+        Variant("stacked", lambda case, layer: nn.Sequential(layer, nn.Hardtanh())),
+        *MOLA.variants[1:],
+    )
+    record = runner.run_case(MOLA._replace(variants=variants), TINY, "forward", QUICK)
+    assert record["refused"].startswith("stacked: y:")
+
+
+def test_a_compiler_that_fails_is_a_reason(monkeypatch):
+    def no_compiler(*_, **__):
+        def fail(x):
+            raise RuntimeError("no C++ compiler\nand a long trace")
+
+        module = nn.Module()
+        module.forward = fail
+        return module
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    settings = QUICK._replace(compile=True, variants=("stacked-compiled", "ours"))
+    record = runner.run_case(MOLA, TINY, "forward", settings)
+    assert record["skipped"] == {"stacked-compiled": "torch.compile: RuntimeError: no C++ compiler"}
+    assert record["variants"].keys() == {"base", "ours"}
+
+
+def test_command_end_to_end(tmp_path, capsys):
+    files = {kind: tmp_path / f"run.{kind}" for kind in ("json", "markdown", "plot")}
+    outputs = [text for kind, path in files.items() for text in (f"--{kind}", str(path))]
+    argv = ["mola", *TINY_OPTIONS, "--dtype", "bf16", "fp32", "--quick", "--threads", "1", *outputs]
+    threads = torch.get_num_threads()
+    assert command.main(argv) == 0
+    assert torch.get_num_threads() == threads
+
+    document = json.loads(files["json"].read_text())
+    assert document["command"].startswith("python -m moelora_ops.bench mola --tokens 40")
+    assert document["info"]["torch"] == torch.__version__ and document["info"]["machine"]["cpu"]
+    cases = document["cases"]
+    assert [(c["dtype"], c["direction"]) for c in cases] == [
+        ("bf16", "forward"), ("bf16", "train"), ("fp32", "forward"), ("fp32", "train"),
+    ]  # fmt: skip
+    for case in cases:
+        names = {"base", "stacked", "expert-loop", "ours"}
+        names |= {"stacked-16bit"} if case["dtype"] == "bf16" else set()
+        assert case["variants"].keys() == names and case["rounds"] == 3
+        assert all(v["min_ms"] > 0 for v in case["variants"].values())
+        assert ("saved_bytes" in case["variants"]["ours"]) == (case["direction"] == "train")
+        assert case["variants"]["ours"]["errors"]["y"]["rms"] > 0
+        assert "stacked-compiled" in case["skipped"]
+    assert cases[3]["variants"]["base"]["saved_bytes"] == 0
+    assert cases[3]["memory_target"] == 8 * 40 * (4 * 3 + 4)
+
+    assert files["plot"].read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    markdown = files["markdown"].read_text()
+    assert markdown.count("| ours |") == 4
+    shown = capsys.readouterr().out
+    assert "custom bf16 train: T=40 K=24 N=20 E=4 r=3 k=2" in shown and "x floor" in shown
+
+
+def test_command_fails_when_a_case_is_refused(tmp_path, capsys, monkeypatch):
+    method = with_ours(lambda case, layer: layer.base)
+    monkeypatch.setitem(bench.METHODS, "mola", method)
+    path = tmp_path / "run.json"
+    argv = ["mola", *TINY_OPTIONS, "--dtype", "fp32", "--direction", "forward", "--quick"]
+    assert command.main([*argv, "--json", str(path), "--markdown", str(tmp_path / "run.md")]) == 1
+    assert "refused" in capsys.readouterr().out
+    (case,) = json.loads(path.read_text())["cases"]
+    assert "ours: y: rms" in case["refused"] and "variants" not in case
+    assert "Refused: ours" in (tmp_path / "run.md").read_text()
+
+
+def test_list_and_selection(capsys):
+    assert command.main(["mola", "--list", "--case", "t1", "dense", "--dtype", "bf16"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "t1       bf16  T=1 K=4096 N=4096 E=8 r=8 k=2  forward",
+        "dense    bf16  T=1024 K=2048 N=2048 E=8 r=8 k=8  forward, train",
+    ]
+    assert command.main(["mola", "--list", "--rank", "4", "--direction", "train"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "custom   bf16  T=1024 K=2048 N=2048 E=8 r=4 k=2  train",
+        "custom   fp32  T=1024 K=2048 N=2048 E=8 r=4 k=2  train",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-k", "9"], "top_k: wanted 1..experts=8, got 9"),
+        (["--tokens", "0"], "tokens: wanted at least 1, got 0"),
+        (["--rounds", "0"], "--rounds: wanted more than 0, got 0"),
+        (["--case", "t3"], "invalid choice"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--json", "no/such/folder/run.json"], "no/such/folder/run.json: its folder does not"),
+    ],
+)
+def test_bad_options_are_named(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["mola", *options])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_missing_optional_packages_are_named(package, tmp_path, capsys, monkeypatch):
+    for name in [n for n in sys.modules if n.partition(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    plot = tmp_path / "run.png"
+    argv = ["mola", *TINY_OPTIONS, "--dtype", "fp32", "--direction", "forward", "--quick"]
+    with pytest.raises(SystemExit) as stop:
+        command.main([*argv, "--plot", str(plot)])
+    assert stop.value.code == 2 and not plot.exists()
+    assert f"needs {package}, which is not installed: pip install" in capsys.readouterr().err
+
+
+def test_a_back_end_that_cannot_run_is_an_error(capsys, monkeypatch):
+    def cannot_run(device, dtype):
+        raise RuntimeError("backend 'cpu' was asked for, but it is not built")
+
+    monkeypatch.setattr(backends, "choose", cannot_run)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["mola", "--backend", "cpu"])
+    assert stop.value.code == 2 and "it is not built" in capsys.readouterr().err
+
+
+def test_commit_is_none_without_git(monkeypatch):
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    assert report._commit() is None
+
+
+def test_module_runs():
+    argv = [sys.executable, "-m", "moelora_ops.bench", "mola", "--list"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == len(MOLA.cases)
