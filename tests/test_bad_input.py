@@ -316,18 +316,18 @@ def backend(request):
 
 
 class Poisoned:
-    """Nine tokens of which one can be made non-finite, under experts that do not see feature 5.
+    """Tokens of which one can be made non-finite, under experts that do not see feature 5.
 
     The base comes as an output, which stays finite: what is NaN in y came through the mixture.
     """
 
-    def __init__(self, dtype, top_k, **options):
+    def __init__(self, tokens, dtype, top_k, **options):
         torch.manual_seed(0)
-        self.dtype, self.top_k, self.options = dtype, top_k, options
-        self.x = torch.randn(9, 16, dtype=dtype)
+        self.tokens, self.dtype, self.top_k, self.options = tokens, dtype, top_k, options
+        self.x = torch.randn(tokens, 16, dtype=dtype)
         self.down, self.up = (torch.randn(5, 3, n, dtype=dtype) for n in (16, 12))
         self.router = torch.randn(5, 16, dtype=dtype)
-        self.base_output = torch.randn(9, 12, dtype=dtype)
+        self.base_output = torch.randn(tokens, 12, dtype=dtype)
         # Feature 5 reaches the router only, and is zero in every token.
         self.x[:, 5] = 0
         self.down[:, :, 5] = 0
@@ -351,15 +351,17 @@ class Poisoned:
 
 def assert_only_the_sick_token_is_nan(case, clean):
     y, routing, dx = case.run()
-    others = torch.arange(9) != SICK
+    others = torch.arange(case.tokens) != SICK
     for name, got, want in (("y", y, clean[0]), ("dx", dx, clean[2])):
         assert want.isfinite().all(), name
         assert got[SICK].isnan().all(), name
         assert torch.equal(got[others], want[others]), name
     # The sick token still chose as many experts, and existing ones.
-    assert routing.counts.sum() == 9 * case.top_k
+    assert routing.counts.sum() == case.tokens * case.top_k
 
 
+# A handful of tokens takes other kernels than many do.
+sizes = pytest.mark.parametrize("tokens", [9, 70], ids="T={}".format)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 routes = pytest.mark.parametrize(
     "top_k, options",
@@ -369,36 +371,42 @@ routes = pytest.mark.parametrize(
         pytest.param(2, {"strategy": "stacked"}, id="stacked"),
         pytest.param(2, {"strategy": "grouped"}, id="grouped"),
         pytest.param(5, {}, id="k=E"),
+        pytest.param(2, {"dropout": 0.3, "seed": torch.tensor([11])}, id="dropout"),
     ],
 )
 
 
+@sizes
 @dtypes
 @routes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_activation(backend, dtype, top_k, options, value):
-    case = Poisoned(dtype, top_k, **options)
+def test_non_finite_activation(backend, tokens, dtype, top_k, options, value):
+    case = Poisoned(tokens, dtype, top_k, **options)
     clean = case.run()
     case.x[SICK, 7] = value
     assert_only_the_sick_token_is_nan(case, clean)
 
 
+@sizes
 @dtypes
 @routes
 @pytest.mark.parametrize("expert", [0, 2, 4])
-def test_infinite_logit(backend, dtype, top_k, options, expert):
-    case = Poisoned(dtype, top_k, **options)
+def test_infinite_logit(backend, tokens, dtype, top_k, options, expert):
+    case = Poisoned(tokens, dtype, top_k, **options)
     case.arm(expert, +1)
     clean = case.run()
     case.x[SICK, 5] = case.large
     assert_only_the_sick_token_is_nan(case, clean)
 
 
+@sizes
 @dtypes
 @routes
 @pytest.mark.parametrize("expert", [0, 2, 4])
-def test_negative_infinite_logit_is_a_probability_of_zero(backend, dtype, top_k, options, expert):
-    case = Poisoned(dtype, top_k, **options)
+def test_negative_infinite_logit_is_a_probability_of_zero(
+    backend, tokens, dtype, top_k, options, expert
+):
+    case = Poisoned(tokens, dtype, top_k, **options)
     case.arm(expert, -1)
     case.x[SICK, 5] = case.large
     y, routing, dx = case.run()
@@ -409,16 +417,17 @@ def test_negative_infinite_logit_is_a_probability_of_zero(backend, dtype, top_k,
     assert torch.equal(case.run()[0][SICK], y[SICK])
 
 
+@sizes
 @dtypes
 @routes
 @pytest.mark.parametrize("sign", [1, -1], ids=["+NaN", "-NaN"])
-def test_nan_router_row_spoils_every_token(backend, dtype, top_k, options, sign):
+def test_nan_router_row_spoils_every_token(backend, tokens, dtype, top_k, options, sign):
     """The softmax runs over all logits: kernels that compute the chosen experts only see it too."""
-    case = Poisoned(dtype, top_k, **options)
+    case = Poisoned(tokens, dtype, top_k, **options)
     case.router[2] = torch.tensor(sign).mul(float("nan")).to(dtype)
     y, routing, _ = case.run()
     assert y.isnan().all()
-    assert routing.counts.sum() == 9 * top_k
+    assert routing.counts.sum() == tokens * top_k
 
 
 def test_layer_passes_non_finite_tokens_through(backend):
