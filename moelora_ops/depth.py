@@ -22,8 +22,9 @@ class NumberedLayer(NamedTuple):
 def numbered_layer(model: nn.Module, name: str) -> NumberedLayer | None:
     """The numbered layer that holds the module called `name`; None if it is outside every stack.
 
-    The stack is the outermost ``nn.ModuleList`` on the way (``model.layers.3.experts.1.up_proj`` sits in layer 3);
-    without one, the outermost container with numbered children (``nn.Sequential``).
+    The stack is the outermost ``nn.ModuleList`` on the way (``model.layers.3.experts.1.up_proj``
+    sits in layer 3); without one, the outermost container with numbered children
+    (``nn.Sequential``).
     """
     found = None
     module, path = model, []

@@ -24,11 +24,13 @@ class MoLAConfig:
     """MoLA for a whole model (2402.08562).
 
     Args:
-        num_experts: one number for every layer; or a string of digits that divides the depth evenly, ``"2468"``
-            by quarters (layer i of L takes ``digits[i * len(digits) // L]``); or one number per layer.
-        rank, alpha, top_k, dropout, dropout_mode, renormalize: see :class:`moelora_ops.nn.MoLALinear`.
-        target_modules: names of the linears to adapt, compared with the end of the qualified name; or
-            ``"all-linear"``, every linear inside the numbered layers.
+        num_experts: one number for every layer; or a string of digits that divides the depth
+            evenly, ``"2468"`` by quarters (layer i of L takes ``digits[i * len(digits) // L]``); or
+            one number per layer.
+        rank, alpha, top_k, dropout, dropout_mode, renormalize: see
+            :class:`moelora_ops.nn.MoLALinear`.
+        target_modules: names of the linears to adapt, compared with the end of the qualified name;
+            or ``"all-linear"``, every linear inside the numbered layers.
         adapter_dtype: of the new parameters; None takes each base layer's.
 
     Raises:
@@ -71,33 +73,33 @@ class MoLAConfig:
             names = [] if isinstance(targets, str) else list(targets)
             if not names or not all(isinstance(name, str) and name for name in names):
                 raise ValueError(
-                    f"target_modules: wanted {ALL_LINEAR!r} or a sequence of module names, got {targets!r}"
+                    f"target_modules: wanted {ALL_LINEAR!r} or a sequence of module names, "
+                    f"got {targets!r}"
                 )
             object.__setattr__(self, "target_modules", tuple(names))
-        if self.adapter_dtype not in (None, *_DTYPES):
-            raise ValueError(f"adapter_dtype: wanted None or one of {_DTYPES}, got {self.adapter_dtype!r}")
+        check_dtype("adapter_dtype", self.adapter_dtype)
 
     def layer_arguments(self, name: str, layer: NumberedLayer | None) -> dict[str, Any]:
-        """What the constructor of the adapter called `name`, which sits in `layer`, takes beside its base."""
+        """Constructor arguments, beside the base, of the adapter called `name` in `layer`."""
         experts = self.num_experts
         if not isinstance(experts, int):
             if layer is None:
                 raise ValueError(
-                    f"num_experts: wanted one int, as {name} is outside the numbered layers and has no depth; "
-                    f"got {experts!r}"
+                    f"num_experts: wanted one int, as {name} is outside the numbered layers and "
+                    f"has no depth; got {experts!r}"
                 )
             if isinstance(experts, str):
                 if len(experts) > layer.depth:
                     raise ValueError(
-                        f"num_experts: wanted at most {layer.depth} digits, as {name} sits in a stack of "
-                        f"{layer.depth} layers; got {experts!r}"
+                        f"num_experts: wanted at most {layer.depth} digits, as {name} sits in a "
+                        f"stack of {layer.depth} layers; got {experts!r}"
                     )
                 experts = int(experts[layer.index * len(experts) // layer.depth])
             else:
                 if len(experts) != layer.depth:
                     raise ValueError(
-                        f"num_experts: wanted {layer.depth} entries, one per layer of the stack that {name} "
-                        f"sits in; got {len(experts)}"
+                        f"num_experts: wanted {layer.depth} entries, one per layer of the stack "
+                        f"that {name} sits in; got {len(experts)}"
                     )
                 experts = experts[layer.index]
         same = ("rank", "alpha", "top_k", "dropout", "dropout_mode", "renormalize")
@@ -109,7 +111,8 @@ class Method(NamedTuple):
 
     Attributes:
         config: its configuration; built from one layer's arguments it also validates them.
-        fused, reference: its layer classes; they take the same arguments and keep each as an attribute.
+        fused, reference: its layer classes; they take the same arguments and keep each as an
+            attribute.
         arguments: the names of the arguments beside the base.
     """
 
@@ -130,7 +133,7 @@ METHODS = {
 
 
 class AdaptedLayer(NamedTuple):
-    """An adapter in a model: its qualified name, the module and the key of its row in :data:`METHODS`."""
+    """An adapter in a model: its qualified name, the module and its key in :data:`METHODS`."""
 
     name: str
     module: nn.Module
@@ -146,7 +149,7 @@ def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that adapters have brought into `model`: experts and routers, not the bases."""
+    """The parameters that adapters have brought into `model`: experts and routers, no bases."""
     seen = set()
     for layer in adapted_layers(model):
         for parameter in layer.module.parameters(recurse=False):
@@ -161,17 +164,20 @@ def apply(model: nn.Module, config: MoLAConfig, *, implementation: str = "fused"
     Everything is checked first; a call that raises leaves the model as it was.
 
     Args:
-        model: any torch model.  A target is an ``nn.Linear`` or any module with integer ``in_features`` and
-            ``out_features``; one that is registered under several names stays one.
+        model: any torch model.  A target is an ``nn.Linear`` or any module with integer
+            ``in_features`` and ``out_features``; one that is registered under several names stays
+            one.
         config: the method and its settings, such as :class:`MoLAConfig`.
-        implementation: ``"fused"``, or ``"reference"`` for the eager layers that the kernels are checked against.
+        implementation: ``"fused"``, or ``"reference"`` for the eager layers that the kernels are
+            checked against.
 
     Returns:
-        `model`.  The new parameters are on their base's device (meta included) and the only ones that require a
-        gradient.
+        `model`.  The new parameters are on their base's device (meta included) and the only ones
+        that require a gradient.
 
     Raises:
-        TypeError, ValueError: an argument does not fit the model; the message names the argument and the module.
+        TypeError, ValueError: an argument does not fit the model; the message names the argument
+            and the module.
     """
     _check_model(model)
     method = next((m for m in METHODS.values() if type(config) is m.config), None)
@@ -183,10 +189,15 @@ def apply(model: nn.Module, config: MoLAConfig, *, implementation: str = "fused"
         raise ValueError(f"model: is already adapted ({adapted.name or 'the model itself'})")
     names = _target_names(model, config.target_modules)
     if not names:
-        raise ValueError(f"target_modules: wanted linears of the model, but none matches {config.target_modules}")
+        raise ValueError(
+            f"target_modules: wanted linears of the model, but none matches {config.target_modules}"
+        )
     arguments = {name: config.layer_arguments(name, numbered_layer(model, name)) for name in names}
     return install(
-        model, {name: (method, kwargs) for name, kwargs in arguments.items()}, implementation, config.adapter_dtype
+        model,
+        {name: (method, kwargs) for name, kwargs in arguments.items()},
+        implementation,
+        config.adapter_dtype,
     )
 
 
@@ -217,8 +228,8 @@ def install(
                 made[base] = layer.train(base.training), arguments
             elif made[base][1] != arguments:
                 raise ValueError(
-                    f"num_experts: {name} is also registered elsewhere in the model, at a depth with other "
-                    f"settings: {made[base][1]} and {arguments}"
+                    f"num_experts: {name} is also registered elsewhere in the model, at a depth "
+                    f"with other settings: {made[base][1]} and {arguments}"
                 )
     except BaseException:
         for parameter, requires_grad in required:  # constructors freeze their base
@@ -230,9 +241,10 @@ def install(
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Swap every reference layer of `model` for the fused one, in place; the parameters are the same objects.
+    """Swap every reference layer of `model` for the fused one, in place.
 
-    Optimizers, ties and train or eval mode stay as they are; outputs are equal within rounding.
+    Parameters stay the same objects, so optimizers and ties go on working; train or eval mode stays
+    too.  Outputs are equal within rounding.
 
     Returns:
         `model`; if it is itself a reference layer, the fused layer.
@@ -245,13 +257,20 @@ def fuse(model: nn.Module) -> nn.Module:
     for name, layer, key in adapted_layers(model):
         if isinstance(layer, METHODS[key].reference):
             if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-                raise ValueError(f"model: {name or 'the layer'} has hooks, which fuse would lose; remove them first")
+                raise ValueError(
+                    f"model: {name or 'the layer'} has hooks, which fuse would lose; remove them"
+                )
             fused[layer] = METHODS[key].fused
     if not fused:
         raise ValueError("model: has no reference layers to fuse")
     made = {layer: cls.from_reference(layer) for layer, cls in fused.items()}
     _replace(model, made)
     return made.get(model, model)
+
+
+def check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    if dtype not in (None, *_DTYPES):
+        raise ValueError(f"{name}: wanted None or one of {_DTYPES}, got {dtype!r}")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -274,8 +293,8 @@ def _target_names(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]
         elif any(name == target or name.endswith("." + target) for target in targets):
             if not is_linear(module):
                 raise TypeError(
-                    f"target_modules: wanted linears with integer in_features and out_features, but {name} is "
-                    f"{type(module).__name__}"
+                    "target_modules: wanted linears with integer in_features and out_features, "
+                    f"but {name} is {type(module).__name__}"
                 )
             names.append(name)
     return names
