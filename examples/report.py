@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich import box
 from rich.table import Table
 
@@ -16,7 +17,7 @@ def rich_table(title: str, header: list[str], rows: Rows) -> Table:
     """A table for the terminal: names on the left, figures on the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
@@ -41,6 +42,7 @@ def plot_losses(path: Path, losses: dict[str, list[float]]) -> None:
     above.legend()
     below.semilogy(steps, [max(abs(x - y), 1e-8) for x, y in zip(a, b, strict=True)], color="black")
     below.set(xlabel="step", ylabel="|difference|")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)
 
 
@@ -60,14 +62,16 @@ def plot_tasks(path: Path, before: dict, after: dict) -> None:
         axis.set(yticks=places, yticklabels=list(before), xlabel=f"held-out {label}")
         axis.margins(x=0.15)
     axes[0].invert_yaxis()
-    axes[0].legend()
+    axes[1].set_xlim(0, 1.15)
+    axes[1].xaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     _save(figure, path)
 
 
 def plot_experts(path: Path, shares: list[list[float]]) -> None:
-    """Heat map: row = layer, column = expert, value = share of the layer's selections times its experts.
+    """Heat map of how much each expert (column) of each layer (row) is used.
 
-    1 is balanced use, 0 an expert that is never chosen.
+    The colour is its share of the layer's selections, times the number of experts: 1 is balanced.
     """
     most = max(map(len, shares))
     grid = [

@@ -1,4 +1,4 @@
-"""SmolLM2-135M, the five ways to fine-tune it that the demo compares, and the training step they share."""
+"""SmolLM2-135M, the ways to fine-tune it that the demo compares, and their common training step."""
 
 import copy
 import importlib.util
@@ -71,7 +71,8 @@ def with_lora(model: nn.Module) -> nn.Module:
 def frozen(model: nn.Module) -> nn.Module:
     """Nothing to train, yet a backward pass: the gradient runs down to the embeddings' output."""
     model = share(model)
-    model.enable_input_require_grads()
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     return model
 
 
@@ -85,12 +86,12 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 class Trainer:
-    """A model and its optimizer; the learning rate warms up for a tenth of `steps`, then falls linearly to zero."""
+    """A variant of `model` and its optimizer; the learning rate first rises, then falls."""
 
-    def __init__(self, model: nn.Module, lr: float, steps: int):
-        self.model = model.train()
-        self.balanced = next(moelora_ops.models.adapted_layers(model), None) is not None
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, variant: str, model: nn.Module, lr: float, steps: int):
+        self.model = VARIANTS[variant](model).train()
+        self.balanced = variant in (FUSED, REFERENCE)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = self.schedule = None
         if self.parameters:
             self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=0.0, fused=True)
@@ -115,8 +116,8 @@ class Trainer:
 def peak_bytes(step: Callable[[], object]) -> int:
     """Most tensor memory in use at any time of `step`, beyond what was in use before it.
 
-    Counted from torch's own allocations: activations, gradients and scratch tensors; neither the weights nor the
-    optimizer's state, nor what a library allocates by itself.
+    Counted from torch's own allocations: activations, gradients and scratch tensors; neither the
+    weights and the optimizer's state, nor what a library allocates by itself.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
