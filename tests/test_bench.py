@@ -386,11 +386,37 @@ def test_command_fails_when_a_case_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(bench.METHODS, "mola", method)
     path = tmp_path / "run.json"
     argv = ["mola", *TINY_OPTIONS, "--dtype", "fp32", "--direction", "forward", "--quick"]
-    assert command.main([*argv, "--json", str(path), "--markdown", str(tmp_path / "run.md")]) == 1
+    outputs = ["--json", path, "--markdown", tmp_path / "run.md", "--plot", tmp_path / "run.png"]
+    assert command.main([*argv, *map(str, outputs)]) == 1
     assert "refused" in capsys.readouterr().out
     (case,) = json.loads(path.read_text())["cases"]
     assert "ours: y: rms" in case["refused"] and "variants" not in case
     assert "Refused: ours" in (tmp_path / "run.md").read_text()
+
+
+def test_plot_has_one_panel_per_case():
+    def record(case, **overheads):
+        variants = {name: {"overhead": overhead} for name, overhead in overheads.items()}
+        return {
+            "case": case, "dtype": "bf16", "direction": "forward", "shape": "T=1",
+            "floors": {"dense": 0.06, "sparse": 0.02}, "variants": {"base": {}, **variants},
+        }  # fmt: skip
+
+    cases = [
+        record("a", stacked=0.13, loop=4.0, ours=-0.05),
+        record("b", ours=0.5),
+        record("c", ours=0),
+    ]
+    facts = {"machine": {"cpu": "z80"}, "threads": 1, "torch": "2.10"}
+    refused = {"refused": "wrong"}
+    figure = report.draw_plot({"method": "mola", "info": facts, "cases": [*cases, refused]})
+    panels = figure.axes
+    assert [panel.get_title() for panel in panels] == [f"{c} bf16 forward: T=1" for c in "abc"]
+    stacked, loop, ours = (bar.get_width() for bar in panels[0].patches)
+    # The loop's bar is cut, and labelled with its figure all the same.
+    assert stacked == pytest.approx(13) and ours == pytest.approx(-5) and 13 < loop < 20
+    assert [t.get_text() for t in panels[0].texts] == [" +13.0 %", " +400.0 % (cut)", " -5.0 %"]
+    assert [line.get_xdata()[0] for line in panels[0].lines] == [6.0, 2.0]
 
 
 def test_list_and_selection(capsys):

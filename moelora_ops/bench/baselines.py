@@ -52,9 +52,8 @@ class StackedMoLALinear(_PlainMoLALinear):
         y = self.base(tokens)
         down, up = self.lora_down.flatten(0, 1), self.lora_up.flatten(0, 1)
         one_dtype = not self.float32_logits or x.dtype.itemsize >= 4
-        if (
-            one_dtype and len(tokens) >= 32
-        ):  # below, copying the rows costs more than a second product
+        # Below 32 tokens copying the rows together costs more than a second product.
+        if one_dtype and len(tokens) >= 32:
             both = F.linear(tokens, torch.cat([down, self.router]))
             hidden, logits = both.split([len(down), self.num_experts], -1)
             logits = logits.to(torch.promote_types(x.dtype, torch.float32))
@@ -86,7 +85,7 @@ class ExpertLoopMoLALinear(_PlainMoLALinear):
         for e in range(self.num_experts):
             slot, rows = torch.where(chosen[e])
             hidden = F.linear(tokens[rows], self.lora_down[e])
-            output = F.linear(hidden, self.lora_up[e].t()) * (self.alpha / self.rank)
+            output = hidden @ self.lora_up[e] * (self.alpha / self.rank)
             mixture.index_add_(0, rows, output * weights[rows, slot].unsqueeze(-1))
         y = self.base(tokens) + mixture
         return y.view(*x.shape[:-1], self.out_features)

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-
 from .. import info
 from .method import Method
 from .runner import BASE, Settings
@@ -176,37 +174,40 @@ def write_markdown(path: Path, report: dict) -> None:
 
 
 def write_plot(path: Path, report: dict) -> None:
-    """Overhead of every variant, one panel per case, with the floors as lines."""
+    draw_plot(report).savefig(path, dpi=150, format="png")
+
+
+def draw_plot(report: dict):
+    """A figure of the overhead of every variant, one panel per case, with the floors as lines."""
     from matplotlib.figure import Figure
 
     records = [record for record in report["cases"] if "refused" not in record]
     columns = min(2, max(1, len(records)))
     lines = max(1, -(-len(records) // columns))
-    figure = Figure(figsize=(7 * columns, 2.6 * lines + 0.6), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    figure = Figure(figsize=(7 * columns, 2.6 * lines + 1), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis, record in zip(axes, records, strict=False):
         _draw(axis, record)
-    for axis in list(axes)[len(records) :]:
+    for axis in axes[len(records) :]:
         axis.remove()
     if records:
-        figure.legend(
-            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2
-        )
-    machine = report["info"]["machine"]
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    facts = report["info"]
     figure.suptitle(
         f"{report['method']}: overhead over the frozen linear, lower is better\n"
-        f"{machine['cpu']}, {report['info']['threads']} threads, torch {torch.__version__}",
+        f"{facts['machine']['cpu']}, {facts['threads']} threads, torch {facts['torch']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150, format="png")
+    return figure
 
 
 def _draw(axis, record: dict) -> None:
     overheads = {n: 100 * v["overhead"] for n, v in record["variants"].items() if n != BASE}
     floors = {name: 100 * floor for name, floor in record["floors"].items()}
     # The slowest may be off by an order of magnitude: cut its bar, not the others' resolution.
-    ranked = sorted((*overheads.values(), floors["dense"]), reverse=True)
-    limit = 1.25 * (ranked[1] if ranked[0] > 3 * max(ranked[1], 0) else ranked[0])
+    slowest, *others = sorted(overheads.values(), reverse=True)
+    second = max(others, default=slowest)
+    limit = 1.25 * max(floors["dense"], slowest if slowest <= 3 * second else second)
     lowest = min(0.0, *overheads.values()) * 1.25
     for i, (name, percent) in enumerate(overheads.items()):
         axis.barh(i, min(percent, limit), color="tab:orange" if name == "ours" else "tab:gray")
