@@ -295,6 +295,8 @@ def test_renormalised_weights_are_the_softmax_of_the_selected_logits():
 @pytest.mark.parametrize("experts, top_k", [(4, 1), (4, 2), (4, 3), (100, 30)])
 def test_ties_go_to_the_lower_index(experts, top_k):
     inputs = make_inputs(tokens=9, experts=experts)
+    # Small integers: a GEMM may round equal columns differently.
+    inputs["x"], inputs["router"] = inputs["x"].round(), inputs["router"].round()
     inputs["router"][:] = inputs["router"][0].clone()
     y, routing = reference.mola(**inputs, top_k=top_k, scale=1.0)
     assert routing.counts.tolist() == [9 if e < top_k else 0 for e in range(experts)]
