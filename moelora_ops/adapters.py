@@ -244,7 +244,7 @@ def _check_module(name: str, module: dict[str, Any], path: Path) -> None:
         f"{path}: arguments of {name}",
     )
     try:
-        method.config(**arguments)
+        method.config(**arguments).layer_arguments(name, None)  # one layer's, of no depth
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: arguments of {name}: {error}") from error
     for key in _entry(module, "tensors", dict, path):

@@ -98,8 +98,10 @@ def aux_loss(model: nn.Module, coefficient: float = 0.001) -> Tensor:
     Call it after the forward and before the backward of the same batch, add it to the loss and go
     backward once through the sum.  Right under ``torch.compile`` and under both modes of gradient
     checkpointing; a layer that is called several times in one forward counts with its last call.
-    Reference layers support the non-reentrant mode only, and so do layers that are compiled with
-    ``fullgraph=True`` inside a checkpoint.
+    Limits: reference layers support the non-reentrant mode only.  Under the reentrant mode a frozen
+    router passes nothing on to x.  Compile around checkpoints rather than inside them: a layer that
+    is compiled inside one keeps its recomputed activations until its next call, and the reentrant
+    mode then needs ``fullgraph=False``.
 
     Args:
         model: adapted by :func:`moelora_ops.apply`, or holding such layers.

@@ -275,6 +275,8 @@ ARGUMENTS = ("modules", "layers.0.q_proj", "arguments")
          _set(*ARGUMENTS, "rank", 0)),
         ("arguments of layers.0.q_proj: top_k: wanted an int in 1..num_experts=2, got 3",
          _set(*ARGUMENTS, "top_k", 3)),
+        ("arguments of layers.0.q_proj: num_experts: wanted one int",
+         _set(*ARGUMENTS, "num_experts", "24")),
         ("arguments of layers.0.q_proj: heads is unknown", _set(*ARGUMENTS, "heads", 1)),
         ("arguments of layers.0.q_proj: alpha is missing",
          lambda content: content["modules"]["layers.0.q_proj"]["arguments"].pop("alpha")),

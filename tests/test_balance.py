@@ -167,6 +167,33 @@ def test_reference_layers_under_checkpointing(mode):
     torch.testing.assert_close(gradients(model), gradients(plain), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("mode", ["non-reentrant", "reentrant"])
+def test_a_transformers_model_under_its_own_checkpointing(mode):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    ids = torch.arange(22).reshape(2, 11) % 7
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).double().train()
+        moelora_ops.apply(model, MoLAConfig("2468", rank=2, dropout=0.1))
+        for parameter in models.adapter_parameters(model):
+            nn.init.normal_(parameter, std=0.5)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": MODES[mode]})
+            model.enable_input_require_grads()
+        torch.manual_seed(7)
+        loss = model(input_ids=ids, labels=ids).loss + moelora_ops.aux_loss(model, 0.3)
+        loss.backward()
+        results.append({"loss": loss.detach(), **gradients(model)})
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the evaluation
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_and_evaluation_in_between(mode, at_once):
@@ -270,6 +297,12 @@ def test_frozen_routers_are_no_error():
     for layer in models.adapted_layers(model):
         layer.module.router.requires_grad_(False)
     (model(batch()).square().mean() + moelora_ops.aux_loss(model)).backward()
+    # Nothing that routes requires a gradient: no graph in the first layer, and rightly so.
+    model.checkpoint = None
+    with moelora_ops.use_backend("reference"):
+        y = model(batch().detach())
+    assert not model.layers[0].up_proj.routing.prob_sums.requires_grad
+    (y.square().mean() + moelora_ops.aux_loss(model)).backward()
 
 
 @pytest.mark.parametrize("mode", ["non-reentrant", "reentrant"])

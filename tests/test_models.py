@@ -119,6 +119,20 @@ def test_all_linear_leaves_what_attention_reads_without_calling():
     assert set(experts(model)) == {"0.linear1", "0.linear2"}
 
 
+def test_all_linear_takes_the_outermost():
+    class Quantised(nn.Module):
+        in_features, out_features = 6, 6
+
+        def __init__(self):
+            super().__init__()
+            self.dense = nn.Linear(6, 6)
+
+    model = Toy(1)
+    model.layers[0].q_proj = Quantised()
+    moelora_ops.apply(model, MoLAConfig(2, target_modules="all-linear"))
+    assert set(experts(model)) == {f"layers.0.{linear}" for linear in LINEARS}
+
+
 def test_names_match_whole_components_from_the_end():
     model = Toy(2)
     model.layers[0].add_module("xq_proj", nn.Linear(6, 6))
