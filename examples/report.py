@@ -62,7 +62,7 @@ def plot_tasks(path: Path, before: dict, after: dict) -> None:
         axis.set(yticks=places, yticklabels=list(before), xlabel=f"held-out {label}")
         axis.margins(x=0.15)
     axes[0].invert_yaxis()
-    axes[1].set_xlim(0, 1.15)
+    axes[1].set(xlim=(0, 1.15), xticks=(0, 0.25, 0.5, 0.75, 1))
     axes[1].xaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     _save(figure, path)

