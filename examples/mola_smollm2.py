@@ -77,7 +77,7 @@ def main() -> None:
     with stage("Answering them after training"):
         after = tasks.evaluate(fused, held_out, args.batch, pad)
     with stage("Counting the choices of the routers"):
-        use = expert_use(fused, held_out[:: max(1, len(held_out) // 24)], pad)
+        use = expert_use(fused, held_out[:: max(1, len(held_out) // 12)], pad)
     with stage("Saving the adapter and loading it into a fresh model"):
         check_adapter(
             fused, share(model), args.output / "adapter", tasks.collate(held_out[: args.batch], pad)

@@ -17,7 +17,7 @@ def rich_table(title: str, header: list[str], rows: Rows) -> Table:
     """A table for the terminal: names on the left, figures on the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        table.add_column(name, justify="right" if i else "left", no_wrap=not i)
     for row in rows:
         table.add_row(*row)
     return table
