@@ -49,7 +49,7 @@ const void* read(const std::optional<Tensor>& t) { return t ? t->const_data_ptr(
 
 // Distance between rows of a [rows, columns] tensor whose columns are contiguous.
 int64_t row_stride(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), name,
+  STD_TORCH_CHECK(t.dim() == 2 && (t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1), name,
                   ": wanted a matrix with contiguous rows");
   return t.stride(0);
 }

@@ -49,7 +49,7 @@ struct WidePanel {
       const A* row = panel + static_cast<int64_t>(entry ? entry[p] : p) * kEntry;
       MOELORA_UNROLL
       for (int v = 0; v < kWidth; ++v) {
-        const vec<A> r = load(row + v * kLanes<A>);
+        const vec<A> r = kTokens > 1 ? in_register(load(row + v * kLanes<A>)) : load(row + v * kLanes<A>);
         MOELORA_UNROLL
         for (int i = 0; i < kTokens; ++i) sums[i][v] = sums[i][v] + splat(h[i * ldh + p]) * r;
       }
@@ -165,8 +165,9 @@ struct PairPanel {
       const BFloat16* row = panel + static_cast<int64_t>(entry ? entry[p] : p) * kEntry;
       MOELORA_UNROLL
       for (int v = 0; v < kWidth; ++v) {
-        const __m512bh l = (__m512bh)_mm512_loadu_si512(row + 64 * v);
-        const __m512bh u = (__m512bh)_mm512_loadu_si512(row + 64 * v + 32);
+        __m512bh l = (__m512bh)_mm512_loadu_si512(row + 64 * v);
+        __m512bh u = (__m512bh)_mm512_loadu_si512(row + 64 * v + 32);
+        if (kTokens > 1) l = in_register(l), u = in_register(u);
         MOELORA_UNROLL
         for (int i = 0; i < kTokens; ++i) {
           const __m512bh c = (__m512bh)_mm512_set1_epi32(h[i * ldh + p]);

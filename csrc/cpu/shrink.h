@@ -28,7 +28,7 @@ MOELORA_INLINE void dot_tile(const T* const* x, const T* w, int64_t ldw, int64_t
     for (int i = 0; i < kTokens; ++i) xs[i] = D::load_step(rows[i] + c);
     MOELORA_UNROLL
     for (int j = 0; j < kRows; ++j) {
-      const auto ws = D::load_step(row(j) + c);
+      const auto ws = in_register(D::load_step(row(j) + c));
       MOELORA_UNROLL
       for (int i = 0; i < kTokens; ++i) sums[i][j] = D::multiply_add(sums[i][j], xs[i], ws);
     }

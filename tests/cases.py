@@ -1,0 +1,120 @@
+"""The shared case list: every implementation of an operator must agree on all of it."""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moelora_ops import functional, reference
+from moelora_ops.bench.mola import near_ties
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Shape(NamedTuple):
+    """T tokens, K in_features, N out_features, E experts, r rank, k top-k."""
+
+    T: int
+    K: int
+    N: int
+    E: int
+    r: int
+    k: int
+
+    def __str__(self) -> str:
+        return "T{}-K{}-N{}-E{}-r{}-k{}".format(*self)
+
+
+# Nothing is a multiple of anything on purpose; the plain sizes are there for the fast paths.
+SHAPES = tuple(
+    itertools.starmap(
+        Shape,
+        [
+            (0, 32, 48, 4, 2, 2),  # no tokens
+            (1, 64, 128, 8, 8, 2),  # decode
+            (3, 1, 1, 2, 1, 1),  # one feature, one column
+            (5, 33, 47, 4, 3, 2),
+            (15, 257, 129, 8, 4, 2),  # the largest T whose threads share a token
+            (16, 257, 129, 8, 4, 2),
+            (17, 128, 64, 1, 8, 1),  # one expert: LoRA
+            (77, 256, 512, 32, 1, 4),  # rank-1 experts
+            (130, 200, 136, 8, 8, 2),
+            (40, 128, 130, 3, 4, 3),  # k = E
+            (33, 130, 258, 2, 64, 2),
+            (64, 96, 100, 5, 16, 4),  # stacked by the automatic choice
+            (300, 70, 65, 8, 9, 1),
+            (9, 40, 24, 128, 2, 3),
+            (21, 48, 56, 6, 12, 6),
+            (513, 17, 19, 4, 2, 2),  # several expand passes and outer blocks
+        ],
+    )
+)
+
+
+class Inputs(NamedTuple):
+    """Arguments of ``functional.mola`` and the incoming gradients."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    lora_down: Tensor
+    lora_up: Tensor
+    router: Tensor
+    dy: Tensor
+    dprob_sums: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        return Inputs(*(t.to(dtype) for t in self))
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Inputs on which no right implementation can choose other experts: near ties are drawn again."""
+    T, K, N, E, r, k = shape
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=random) * scale).to(dtype)
+
+    router = normal(E, K, scale=2 * K**-0.5)
+    x = normal(T, K)
+    for _ in range(1000):
+        near = near_ties(x, router, k, 1e-3)
+        if not near.any():
+            break
+        x[near] = normal(int(near.sum()), K)
+    else:
+        raise AssertionError(f"{shape}: near ties remain")
+    return Inputs(
+        x, normal(N, K, scale=K**-0.5), normal(N), normal(E, r, K, scale=K**-0.5),
+        normal(E, r, N, scale=r**-0.5), router, normal(T, N), normal(E),
+    )  # fmt: skip
+
+
+QUANTITIES = ("y", "prob_sums", "dx", "dlora_down", "dlora_up", "drouter")
+
+
+def run(function, inputs: Inputs, top_k: int, *, balance: bool = False, **options) -> dict[str, Tensor]:
+    """Outputs, counts and every gradient of `function` (``functional.mola`` or ``reference.mola``)."""
+    leaves = [t.detach().clone().requires_grad_() for t in
+              (inputs.x, inputs.lora_down, inputs.lora_up, inputs.router)]  # fmt: skip
+    x, lora_down, lora_up, router = leaves
+    if function is functional.mola:
+        options["return_routing"] = True
+    else:
+        options.pop("strategy", None)
+    y, routing = function(
+        x, inputs.weight, inputs.bias, lora_down, lora_up, router, top_k, 2.0, **options
+    )
+    outputs, gradients = [y], [inputs.dy]
+    if balance:
+        outputs.append(routing.prob_sums)
+        gradients.append(inputs.dprob_sums.to(routing.prob_sums.dtype))
+    grads = torch.autograd.grad(outputs, leaves, gradients)
+    named = dict(zip(QUANTITIES, (y.detach(), routing.prob_sums.detach(), *grads), strict=True))
+    return named | {"counts": routing.counts}
+
+
+def reference_run(inputs: Inputs, top_k: int, dtype: torch.dtype, **options) -> dict[str, Tensor]:
+    """The literal reference on the same (already rounded) inputs, computed in `dtype`."""
+    return run(reference.mola, inputs.to(dtype), top_k, **options)

@@ -1,0 +1,323 @@
+"""The operators: against the float64 reference on the shared case list, and the contracts of every operator."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import DTYPES, QUANTITIES, SHAPES, Shape, make_inputs, reference_run, run
+
+from moelora_ops import backends, functional, ops, use_backend
+from moelora_ops.backends import extension
+from moelora_ops.bench import numerics
+
+pytestmark = pytest.mark.skipif(bool(extension.why_missing()), reason=extension.why_missing())
+
+SEED = torch.tensor([0x1234567890ABCDE])
+VARIANTS = {
+    "renormalized": {},
+    "balance": {"balance": True},
+    "switch-style": {"renormalize": False},
+    "switch-style-balance": {"renormalize": False, "balance": True},
+    "dropout-token": {"dropout": 0.3, "dropout_mode": "token", "seed": SEED},
+    "dropout-expert": {"dropout": 0.3, "dropout_mode": "expert", "seed": SEED},
+    "dropout-balance": {
+        "dropout": 0.1, "dropout_mode": "expert", "seed": SEED, "balance": True, "renormalize": False,
+    },
+}  # fmt: skip
+
+
+def assert_within_budget(shape, dtype, **options):
+    """Errors pooled over several draws: one tiny draw may flatter the plain implementation by chance."""
+    got, plain, want = [], [], []
+    for seed in range(8 if shape.T < 64 else 2):
+        inputs = make_inputs(shape, dtype, seed)
+        with use_backend("cpu"):
+            got.append(run(functional.mola, inputs, shape.k, **options))
+        want.append(reference_run(inputs, shape.k, torch.float64, **options))
+        plain.append(reference_run(inputs, shape.k, dtype, **options))
+        counts = [runs[-1].pop("counts") for runs in (got, plain, want)]
+        assert torch.equal(counts[0], counts[2])
+    pooled = [
+        {name: torch.stack([r[name] for r in runs]) for name in QUANTITIES}
+        for runs in (got, plain, want)
+    ]
+    numerics.check_numerics(f"cpu {shape}", *pooled)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, dtype):
+    assert_within_budget(shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("strategy", ("stacked", "grouped"))
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.T in (0, 5, 40, 77, 130, 300)], ids=str)
+def test_variants_match_reference(shape, variant, strategy, dtype):
+    assert_within_budget(shape, dtype, strategy=strategy, **VARIANTS[variant])
+
+
+def test_long_sums():
+    """Many tokens and features: the blocked sums of the weight gradients."""
+    assert_within_budget(Shape(2100, 1500, 1100, 4, 8, 2), torch.float32)
+
+
+ISA_LEVELS = ("avx512_bf16", "avx512", "avx2", "portable")
+
+
+@pytest.mark.parametrize("level", ISA_LEVELS)
+def test_every_isa_level(level):
+    """The same cases at each level, in a process of its own as the level is chosen once."""
+    if level not in torch.ops.moelora_ops.cpu_isa_levels():
+        pytest.skip(f"{level} is not built")
+    program = (
+        "import test_ops, sys, torch\n"
+        "from cases import SHAPES, DTYPES\n"
+        "from moelora_ops.backends import extension\n"
+        f"if extension.isa_level() != {level!r}: sys.exit(77)\n"
+        "for shape in SHAPES:\n"
+        "    for dtype in DTYPES:\n"
+        "        for variant in ('renormalized', 'dropout-balance'):\n"
+        "            test_ops.assert_within_budget(shape, dtype, **test_ops.VARIANTS[variant])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ
+        | {"MOELORA_CPU_ISA": level, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 77:
+        pytest.skip(f"this processor lacks {level}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_unknown_isa_level_is_said():
+    done = subprocess.run(
+        [sys.executable, "-c", "from moelora_ops.backends import extension; print(extension.isa_level())"],
+        env=os.environ | {"MOELORA_CPU_ISA": "sse9", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "MOELORA_CPU_ISA=sse9" in done.stderr
+    assert done.stdout.strip() in ISA_LEVELS
+
+
+# ---------------------------------------------------------------- contracts
+
+
+def forward_arguments(dtype=torch.float32, stacked=False, dropout=0.0, accumulate=True):
+    shape = Shape(20, 24, 40, 4, 3, 2)
+    i = make_inputs(shape, dtype)
+    y = torch.nn.functional.linear(i.x, i.weight)
+    return (
+        i.x, i.lora_down, i.lora_up, i.router, None if accumulate else i.bias, SEED if dropout else None,
+        y, 2, 0.5, True, dropout, False, accumulate, stacked,
+    )  # fmt: skip
+
+
+def backward_arguments(dtype=torch.float32, stacked=False, need_dparams=True):
+    arguments = forward_arguments(dtype, stacked)
+    x, lora_down, lora_up, router = arguments[:4]
+    hidden, logits, selected, weights, _, prob_sums = ops.topk_forward(*arguments)
+    return (
+        torch.randn(20, 40, dtype=dtype), x, lora_down, lora_up, router, None, hidden, logits, selected,
+        weights, torch.randn_like(prob_sums), torch.zeros_like(x), 0.5, True, 0.0, False, True, stacked,
+        True, need_dparams,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stacked", (False, True))
+@pytest.mark.parametrize("dropout", (0.0, 0.2))
+@pytest.mark.parametrize("accumulate", (False, True))
+def test_opcheck_forward(stacked, dropout, accumulate):
+    torch.library.opcheck(ops.topk_forward, forward_arguments(torch.float32, stacked, dropout, accumulate))
+
+
+@pytest.mark.parametrize("stacked", (False, True))
+@pytest.mark.parametrize("need_dparams", (False, True))
+def test_opcheck_backward(stacked, need_dparams):
+    torch.library.opcheck(ops.topk_backward, backward_arguments(torch.bfloat16, stacked, need_dparams))
+
+
+def test_opcheck_small_linear():
+    x, weight, bias = torch.randn(3, 24), torch.randn(40, 24), torch.randn(40)
+    torch.library.opcheck(ops.small_linear, (x, weight, bias))
+
+
+@pytest.mark.parametrize("tokens", (1, 2, 3, 4, 5, 8))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", ((64, 130), (33, 7), (1, 1)))
+def test_small_linear(dtype, tokens, features):
+    K, N = features
+    x, weight, bias = (torch.randn(s, dtype=dtype) for s in ((tokens, K), (N, K), (N,)))
+    want = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    plain = numerics.error(torch.nn.functional.linear(x, weight, bias), want)
+    got = numerics.error(ops.small_linear(x, weight, bias), want)
+    limit = numerics.budget(plain, dtype)
+    assert got.rms <= limit.rms and got.max <= limit.max
+
+
+@pytest.mark.parametrize("stacked", (False, True))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck(variant, stacked):
+    """Finite differences in float64 through the real kernels."""
+    options = dict(VARIANTS[variant])
+    balance = options.pop("balance", False)
+    i = make_inputs(Shape(6, 7, 5, 3, 2, 2), torch.float64)
+    leaves = [t.requires_grad_() for t in (i.x, i.weight, i.bias, i.lora_down, i.lora_up, i.router)]
+
+    def function(*arguments):
+        y, routing = functional.mola(
+            *arguments, 2, 0.7, strategy="stacked" if stacked else "grouped", return_routing=True, **options
+        )
+        return (y, routing.prob_sums) if balance else y
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("strategy", ("stacked", "grouped"))
+def test_a_token_does_not_depend_on_its_neighbours(strategy, dtype):
+    """The same adapter bits at T = 1 and inside a large batch, forward and dx."""
+    shape = Shape(200, 130, 140, 8, 6, 2)
+    i = make_inputs(shape, dtype)
+
+    def adapter(rows):
+        x = i.x[rows].detach().requires_grad_()
+        base = torch.zeros(len(rows), shape.N, dtype=dtype)
+        y = functional.mola(
+            x, None, None, i.lora_down, i.lora_up, i.router, 2, 2.0, base_output=base, strategy=strategy
+        )
+        (dx,) = torch.autograd.grad(y, x, i.dy[rows])
+        return y.detach(), dx
+
+    whole, dx = adapter(range(200))
+    for rows in ([7], [3, 150, 9], list(range(40, 75))):
+        y, dxs = adapter(rows)
+        assert torch.equal(y, whole[rows])
+        assert torch.equal(dxs, dx[rows])
+
+
+@pytest.mark.parametrize("variant", ("balance", "dropout-expert"))
+def test_bits_do_not_depend_on_threads_or_runs(variant):
+    shape = Shape(777, 300, 410, 8, 8, 2)
+    i = make_inputs(shape, torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5, 5):
+            torch.set_num_threads(threads)
+            results.append(run(functional.mola, i, 2, **VARIANTS[variant]))
+    finally:
+        torch.set_num_threads(before)
+    # The base GEMM is the library's and may differ by thread count: compare what is ours.
+    for name in QUANTITIES[1:]:
+        if name != "dx":
+            assert all(torch.equal(results[0][name], r[name]) for r in results[1:]), name
+    assert all(torch.equal(results[2][n], results[3][n]) for n in QUANTITIES)
+
+
+def test_every_output_is_written():
+    """Outputs that come from empty memory must not keep what was there."""
+    poison = float("nan")
+    arguments = list(forward_arguments(accumulate=False))
+    arguments[6].fill_(poison)
+    outputs = ops.topk_forward(*arguments)
+    assert arguments[6].isfinite().all()
+    assert all(o.isfinite().all() for o in outputs if o.is_floating_point())
+    backward = list(backward_arguments())
+    backward[11].fill_(poison)
+    backward[16] = False  # accumulate: dx is to be overwritten
+    assert all(o.isfinite().all() for o in ops.topk_backward(*backward))
+    assert backward[11].isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ("token", "expert"))
+def test_dropout_masks_are_those_of_the_reference(mode):
+    """Bit for bit: with one-hot rows the output shows each feature's mask."""
+    from moelora_ops.reference import keep_mask
+
+    features, p = 70, 0.4
+    x = torch.ones(3, features, dtype=torch.float64)
+    down = torch.zeros(2, features, features, dtype=torch.float64)
+    down[:] = torch.eye(features)
+    router = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand(2, features).contiguous()
+    for seed in (0, 2**63 - 2, -1):
+        seed = torch.tensor([seed])
+        y = functional.mola(
+            x, None, None, down, down, router, 1, 1.0, dropout=p, dropout_mode=mode, seed=seed,
+            base_output=torch.zeros(3, features, dtype=torch.float64),
+        )  # fmt: skip
+        assert torch.equal(y != 0, keep_mask(seed, 3, features, p, expert=0))
+        y = functional.mola(
+            x, None, None, down, down, -router, 1, 1.0, dropout=p, dropout_mode=mode, seed=seed,
+            base_output=torch.zeros(3, features, dtype=torch.float64),
+        )  # fmt: skip
+        assert torch.equal(y != 0, keep_mask(seed, 3, features, p, expert=int(mode == "expert")))
+
+
+@pytest.mark.parametrize("strategy", ("stacked", "grouped"))
+def test_ties_go_to_the_lower_index(strategy):
+    x = torch.zeros(4, 6)
+    down, up, router = torch.randn(5, 2, 6), torch.randn(5, 2, 3), torch.randn(5, 6)
+    _, routing = functional.mola(
+        x, torch.randn(3, 6), None, down, up, router, 2, 1.0, strategy=strategy, return_routing=True
+    )
+    assert routing.counts.tolist() == [4, 4, 0, 0, 0]
+    # -0 and +0 are a tie too.
+    router = torch.tensor([[1.0], [-1.0], [1.0]]) * torch.ones(6)
+    _, routing = functional.mola(
+        x, torch.randn(3, 6), None, down[:3], up[:3], router, 1, 1.0, strategy=strategy, return_routing=True
+    )
+    assert routing.counts.tolist() == [4, 0, 0]
+
+
+@pytest.mark.parametrize("strategy", ("stacked", "grouped"))
+def test_unused_experts_get_zero_gradients(strategy):
+    """Zero, not None and not garbage: an expert with no tokens, and all tokens on one expert."""
+    i = make_inputs(Shape(30, 16, 24, 4, 3, 1), torch.float32)
+    router = torch.zeros_like(i.router)
+    router[2] = 1
+    x = i.x.abs()
+    got = run(functional.mola, i._replace(x=x, router=router), 1, strategy=strategy)
+    assert got["counts"].tolist() == [0, 0, 30, 0]
+    for name in ("dlora_down", "dlora_up"):
+        assert got[name][2].any() and not got[name][[0, 1, 3]].any()
+
+
+def test_memory_saved_for_backward():
+    """At most 8 T (R + E) bytes beyond x."""
+    for shape in (Shape(256, 64, 96, 8, 8, 2), Shape(256, 64, 96, 8, 1, 8), Shape(256, 64, 96, 4, 16, 4)):
+        for dtype in (torch.float32, torch.bfloat16):
+            i = make_inputs(shape, dtype)
+            parameters = [t.requires_grad_() for t in (i.lora_down, i.lora_up, i.router)]
+            known = {t.data_ptr() for t in (i.x, i.weight, *parameters)}
+            saved = {}
+
+            def pack(t, known=known, saved=saved):
+                if t.data_ptr() not in known:
+                    saved[t.data_ptr()] = t.untyped_storage().nbytes()
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                functional.mola(i.x, i.weight, None, *parameters, shape.k, 1.0)
+            assert 0 < sum(saved.values()) <= 8 * shape.T * shape.E * (shape.r + 1)
+
+
+def test_large_offsets():
+    """Rows beyond 2**31 elements: strides are 64-bit."""
+    x = torch.empty(2**31 + 16, dtype=torch.bfloat16).as_strided((2, 16), (2**31, 1))
+    x.copy_(torch.randn(2, 16))
+    i = make_inputs(Shape(2, 16, 24, 4, 2, 2), torch.bfloat16)
+    got = functional.mola(x, i.weight, None, i.lora_down, i.lora_up, i.router, 2, 1.0)
+    want = functional.mola(x.clone(), i.weight, None, i.lora_down, i.lora_up, i.router, 2, 1.0)
+    assert torch.equal(got, want)
+
+
+def test_automatic_choice_takes_the_kernels():
+    assert backends.choose(torch.device("cpu"), torch.float32) == "cpu"
