@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Fine-tune SmolLM2-135M with MoLA 2-4-6-8 on the CPU."
     )
-    parser.add_argument("--steps", type=int, default=60, help="training steps")
+    parser.add_argument("--steps", type=int, default=40, help="training steps")
     parser.add_argument("--batch", type=int, default=8, help="questions per step")
     parser.add_argument(
         "--length", type=int, default=80, help="most tokens of a question with its answer"
