@@ -94,7 +94,9 @@ def make_inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Inputs:
 QUANTITIES = ("y", "prob_sums", "dx", "dlora_down", "dlora_up", "drouter")
 
 
-def run(function, inputs: Inputs, top_k: int, *, balance: bool = False, **options) -> dict[str, Tensor]:
+def run(
+    function, inputs: Inputs, top_k: int, *, balance: bool = False, **options
+) -> dict[str, Tensor]:
     """Outputs, counts and every gradient of `function` (``functional.mola`` or ``reference.mola``)."""
     leaves = [t.detach().clone().requires_grad_() for t in
               (inputs.x, inputs.lora_down, inputs.lora_up, inputs.router)]  # fmt: skip

@@ -49,7 +49,9 @@ def test_same_constructor_and_state_dict_as_the_reference():
     assert fused.state_dict().keys() == literal.state_dict().keys()
     literal.load_state_dict(fused.state_dict())
     x = torch.randn(2, 5, 24)
-    assert_all_close(gradients(fused, x, torch.ones(2, 5, 40)), gradients(literal, x, torch.ones(2, 5, 40)))
+    assert_all_close(
+        gradients(fused, x, torch.ones(2, 5, 40)), gradients(literal, x, torch.ones(2, 5, 40))
+    )
 
 
 def test_starts_equal_to_its_base():
@@ -296,7 +298,9 @@ def test_compiled_foreign_base(backend):
 
 
 def test_backends_agree_inside_a_model():
-    model = nn.Sequential(make_layer(), nn.GELU(), MoLALinear(nn.Linear(40, 24), 3, rank=2)).double()
+    model = nn.Sequential(
+        make_layer(), nn.GELU(), MoLALinear(nn.Linear(40, 24), 3, rank=2)
+    ).double()
     nn.init.normal_(model[2].lora_up)
     x, dy = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 24, dtype=torch.float64)
     results = []
