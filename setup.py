@@ -1,13 +1,16 @@
-"""Builds the compiled extension.  What is built is decided by the environment, never by the devices of this machine:
+"""Builds the compiled extension.
 
-MOELORA_CPP    auto (default): build if there is a C++ compiler, else install pure Python and say so; 0: never;
-               1: fail without a compiler
+What is built is decided by the environment, never by the devices of this machine:
+
+MOELORA_CPP    auto (default): build if there is a C++ compiler, else install pure Python and say
+               so; 0: never; 1: fail without a compiler
 MOELORA_CUDA   reserved for the CUDA back end; only 0 and auto are accepted today
 MOELORA_DEBUG  1: -O1 -g, warnings and assertions instead of -O3
 MAX_JOBS       compilations at once (default: processors)
 CXX            the compiler (default: c++ or g++)
 
-One binary serves every torch from 2.10 on (LibTorch stable ABI) and every Python from 3.10 on (abi3).
+One binary serves every torch from 2.10 on (LibTorch stable ABI) and every Python from 3.10 on (its
+limited API, abi3).
 """
 
 import os
@@ -24,8 +27,8 @@ from setuptools.command.build_ext import build_ext
 TORCH_TARGET = "0x020a000000000000"  # 2.10, the oldest torch whose stable ABI has all we use
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-# Lowest first: the linker keeps the first copy of an inline function (std::vector's, say) that several levels have,
-# so the copy that a level calls never needs more than that level.
+# Lowest first: the linker keeps the first copy of an inline function (std::vector's, say) that
+# several levels have, so the copy that a level calls never needs more than that level.
 LEVELS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
@@ -47,12 +50,14 @@ def find_compiler() -> str | None:
             return candidate
     if wanted == "1":
         raise SystemExit("MOELORA_CPP=1, but no C++ compiler was found (set CXX)")
-    print("moelora_ops: no C++ compiler found; installing without kernels, on the plain PyTorch path")
+    print(
+        "moelora_ops: no C++ compiler found; installing without kernels, on the plain PyTorch path"
+    )
     return None
 
 
 class BuildExtension(build_ext):
-    """Compiles each source with its own flags, through ninja if it is there, and links one module."""
+    """Compiles each source with its own flags, by ninja if it is there, and links one module."""
 
     def build_extension(self, ext):
         import torch  # for its headers and libraries only
@@ -71,22 +76,28 @@ class BuildExtension(build_ext):
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DPy_LIMITED_API=0x030a0000",
             "-isystem", str(root / "include"), *python,
         ]  # fmt: skip
-        units = {"bindings_cpu": ("csrc/bindings_cpu.cpp", torch_flags), "dispatch": ("csrc/cpu/dispatch.cpp", [])}
+        units = {
+            "bindings_cpu": ("csrc/bindings_cpu.cpp", torch_flags),
+            "dispatch": ("csrc/cpu/dispatch.cpp", []),
+        }
         for level, flags in LEVELS.items():
             units[f"level_{level}"] = ("csrc/cpu/level.cpp", [f"-DMOELORA_LEVEL={level}", *flags])
         compile_all(objects, {n: (s, [*common, *f]) for n, (s, f) in units.items()})
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        run([*shlex.split(COMPILER), "-shared", *(str(objects / f"{n}.o") for n in units), "-o", str(target),
-             f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", *([] if debug else ["-s"])])  # fmt: skip
+        run([
+            *shlex.split(COMPILER), "-shared", *(str(objects / f"{n}.o") for n in units),
+            "-o", str(target), f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu",
+            *([] if debug else ["-s"]),
+        ])  # fmt: skip
 
 
 def compile_all(objects: Path, units: dict[str, tuple[str, list[str]]]) -> None:
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     command = {
-        name: [*shlex.split(COMPILER), *flags, "-MMD", "-MF", str(objects / f"{name}.d"), "-c", source,
-               "-o", str(objects / f"{name}.o")]
+        name: [*shlex.split(COMPILER), *flags, "-MMD", "-MF", str(objects / f"{name}.d"),
+               "-c", source, "-o", str(objects / f"{name}.o")]
         for name, (source, flags) in units.items()
     }  # fmt: skip
     ninja = shutil.which("ninja")

@@ -1,7 +1,7 @@
 """The autograd functions: what is saved, which operator runs in which direction, nothing else.
 
-Old-style functions (``forward(ctx, ...)``): the new style binds a signature on every call, 14 µs that a
-one-token layer feels.  Functorch transforms are therefore not supported.
+Old-style functions (``forward(ctx, ...)``): the new style binds a signature on every call, 14 µs
+that a one-token layer feels.  Functorch transforms are therefore not supported.
 """
 
 import torch
@@ -13,7 +13,10 @@ from . import ops
 
 
 class TopkMixture(torch.autograd.Function):
-    """Frozen linear plus top-k mixture.  Saves x, the rank-space hidden, logits and the k choices per token."""
+    """Frozen linear plus top-k mixture.
+
+    Saves x, the rank-space hidden, logits and the k choices per token.
+    """
 
     @staticmethod
     def forward(
@@ -37,7 +40,7 @@ class TopkMixture(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         expand_first = expand_first and base_output is None
         if base_output is not None:
-            # Never written in place: the module that made it may have saved it for its own backward.
+            # Never in place: the module that made it may have saved it for its own backward.
             y = base_output.clone(memory_format=torch.contiguous_format)
         elif expand_first:
             y = x.new_empty(x.shape[0], weight.shape[0])
@@ -74,8 +77,8 @@ class TopkMixture(torch.autograd.Function):
         accumulate = weight is not None and need_dx
         dx = torch.mm(dy, weight) if accumulate else x.new_empty(x.shape if need_dx else (0,))
         dparams = ops.topk_backward(
-            dy, x, lora_down, lora_up, router, seed, *routed, dprob_sums, dx, *ctx.scalars, accumulate,
-            ctx.stacked, need_dx, need_dparams,
+            dy, x, lora_down, lora_up, router, seed, *routed, dprob_sums, dx, *ctx.scalars,
+            accumulate, ctx.stacked, need_dx, need_dparams,
         )  # fmt: skip
         dlora_down, dlora_up, drouter = dparams if need_dparams else (None, None, None)
         dweight = dy.t() @ x if need[1] else None

@@ -42,33 +42,35 @@ def mola(
 
     Args:
         x: ``[..., K]``; float32, bfloat16, float16 or float64, any leading shape, also empty.
-        weight: ``[N, K]`` or None if `base_output` is given.  Gets a gradient only if it requires one.
+        weight: ``[N, K]`` or None if `base_output` is given.  Gets a gradient if it requires one.
         bias: ``[N]`` or None.
         lora_down: ``[E, r, K]``.
         lora_up: ``[E, r, N]``.
-        router: ``[E, K]``; logits, softmax and weights are float32 (float64 for float64 x) and are never rounded
-            to 16 bits.  Ties go to the lower index.
+        router: ``[E, K]``; logits, softmax and weights are float32 (float64 for float64 x) and are
+            never rounded to 16 bits.  Ties go to the lower index.
         top_k: experts per token, 1..E.
         scale: alpha / r.
-        renormalize: divide the chosen probabilities by their sum (the paper).  With ``top_k=1`` that is the
-            constant 1 and the router gets no gradient from y; pass False for a Switch-style gate (our choice).
-        dropout: probability of dropping an expert's input, in [0, 1), in steps of 2**-16.  The router sees the
-            undropped input.
-        dropout_mode: ``"token"`` one mask per token and feature, shared by the experts (our choice, cheaper);
-            ``"expert"`` an independent mask per expert (the authors' code).
-        seed: int64 tensor of one element on x's device; the same seed gives the same mask on every back end.
-            Required if dropout > 0.
-        base_output: ``[..., N]``, output of a frozen layer that is not a plain linear; replaces weight and bias.
-        strategy: ``"stacked"`` computes every expert, ``"grouped"`` only the chosen ones, ``"auto"`` decides from
-            E, r and k.
+        renormalize: divide the chosen probabilities by their sum (the paper).  With ``top_k=1``
+            that is the constant 1 and the router gets no gradient from y; pass False for a
+            Switch-style gate (our choice).
+        dropout: probability of dropping an expert's input, in [0, 1), in steps of 2**-16.  The
+            router sees the undropped input.
+        dropout_mode: ``"token"`` one mask per token and feature, shared by the experts (our choice,
+            cheaper); ``"expert"`` an independent mask per expert (the authors' code).
+        seed: int64 tensor of one element on x's device; the same seed gives the same mask on every
+            back end.  Required if dropout > 0.
+        base_output: ``[..., N]``, output of a frozen layer that is not a plain linear; replaces
+            weight and bias.
+        strategy: ``"stacked"`` computes every expert, ``"grouped"`` only the chosen ones,
+            ``"auto"`` decides from E, r and k.
         return_routing: also return the :class:`Routing` by-products.
 
     Returns:
         y ``[..., N]`` in x's dtype, or ``(y, routing)``.
 
-    Under autocast all floating-point arguments are cast to the autocast dtype first.  A token with a NaN or +inf
-    logit, or without a finite one, still selects `top_k` existing experts; its output row is NaN and no other row
-    changes.  Beside finite logits, -inf is a probability of zero.
+    Under autocast all floating-point arguments are cast to the autocast dtype first.  A token with
+    a NaN or +inf logit, or without a finite one, still selects `top_k` existing experts; its output
+    row is NaN and no other row changes.  Beside finite logits, -inf is a probability of zero.
 
     Raises:
         TypeError: an argument has another dtype than x, or is no tensor.
@@ -82,8 +84,9 @@ def mola(
             _autocast(t, low) for t in (x, weight, bias, lora_down, lora_up, router, base_output)
         )
     _check_mola(
-        x, weight, bias, lora_down, lora_up, router, top_k, dropout, dropout_mode, seed, base_output, strategy
-    )
+        x, weight, bias, lora_down, lora_up, router, top_k, dropout, dropout_mode, seed,
+        base_output, strategy,
+    )  # fmt: skip
     backend = backends.choose(x.device, x.dtype)
     if backend == "reference":
         with reference.no_autocast(device_type):
@@ -119,7 +122,7 @@ def mola(
     return (y, Routing(counts, prob_sums)) if return_routing else y
 
 
-# Most tokens for which the dot kernel beats the library GEMM on a frozen linear, measured (docs/design.md).
+# Most tokens for which the dot kernel beats the library GEMM, measured (docs/design.md).
 _SMALL_BASE_TOKENS = {torch.float32: 8, torch.bfloat16: 4}
 
 
@@ -133,17 +136,23 @@ def _small_base(weight: Tensor | None, dtype: torch.dtype, tokens: int) -> bool:
 
 
 def _expand_first(dtype: torch.dtype, tokens: int) -> bool:
-    """Adapter first and base GEMM with beta = 1 on top: free in float32, 1 % in bfloat16 (docs/design.md)."""
+    """Adapter first, base GEMM with beta = 1 on top.
+
+    That is free in float32 and costs 1 % in bfloat16 (docs/design.md).
+    """
     return dtype == torch.float32 and tokens > _SMALL_BASE_TOKENS[dtype]
 
 
 def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+    if t is None or not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(dtype)
 
 
 def _check_mola(
-    x, weight, bias, lora_down, lora_up, router, top_k, dropout, dropout_mode, seed, base_output, strategy
-) -> None:
+    x, weight, bias, lora_down, lora_up, router, top_k, dropout, dropout_mode, seed, base_output,
+    strategy,
+) -> None:  # fmt: skip
     """Every contract of :func:`mola`; the kernels trust it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: wanted a tensor, got {type(x).__name__}")
@@ -159,8 +168,11 @@ def _check_mola(
     if rank < 1:
         raise ValueError("lora_down: wanted rank of at least 1, got r = 0")
     if x.shape[-1] != in_features:
-        raise ValueError(f"x: wanted last dimension {in_features} like lora_down's, got {x.shape[-1]}")
-    if not isinstance(lora_up, Tensor) or lora_up.dim() != 3 or lora_up.shape[:2] != lora_down.shape[:2]:
+        raise ValueError(
+            f"x: wanted last dimension {in_features} like lora_down's, got {x.shape[-1]}"
+        )
+    is_stack = isinstance(lora_up, Tensor) and lora_up.dim() == 3
+    if not is_stack or lora_up.shape[:2] != lora_down.shape[:2]:
         raise ValueError(
             f"lora_up: wanted shape [{num_experts}, {rank}, out_features], got {_shape(lora_up)}"
         )
@@ -181,7 +193,9 @@ def _check_mola(
     if dropout > 0:
         if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
             got = f"{seed.dtype} {_shape(seed)}" if isinstance(seed, Tensor) else _shape(seed)
-            raise ValueError(f"seed: wanted an int64 tensor of one element, as dropout > 0, got {got}")
+            raise ValueError(
+                f"seed: wanted an int64 tensor of one element, as dropout > 0, got {got}"
+            )
         if seed.device != x.device:
             raise ValueError(f"seed: wanted device {x.device} like x, got {seed.device}")
     if strategy not in ops.STRATEGIES:
@@ -206,7 +220,9 @@ def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> No
     if t.shape != torch.Size(shape):
         raise ValueError(f"{name}: wanted shape {list(shape)}, got {list(t.shape)}")
     if t.dtype != x.dtype:
-        raise TypeError(f"{name}: wanted dtype {x.dtype} like x, got {t.dtype}; cast it or use autocast")
+        raise TypeError(
+            f"{name}: wanted dtype {x.dtype} like x, got {t.dtype}; cast it or use autocast"
+        )
     if t.device != x.device:
         raise ValueError(f"{name}: wanted device {x.device} like x, got {t.device}")
 

@@ -1,11 +1,13 @@
 """Every operator's schema, fake and dispatch, in one place.
 
-The schemas live here and not in C++, so that the package imports, traces and falls back without its compiled
-part.  Kernels only add implementations: the CPU extension through the stable ABI when it is loaded.
+The schemas live here and not in C++, so that the package imports, traces and falls back without its
+compiled part.  Kernels only add implementations: the CPU extension through the stable ABI when it
+is loaded.
 
-An operator is one direction of the skeleton *shrink -> mix -> expand* with one mix; what the library GEMM does
-better (the frozen linear itself) stays outside.  `y` and `dx` are written in place because they are the base
-GEMM's output or its accumulator, and a second [T, N] buffer would cost more than the adapter.
+An operator is one direction of the skeleton *shrink -> mix -> expand* with one mix; what the
+library GEMM does better (the frozen linear itself) stays outside.  `y` and `dx` are written in
+place because they are the base GEMM's output or its accumulator, and a second [T, N] buffer would
+cost more than the adapter.
 
 Letters: T tokens, K in_features, N out_features, E experts, r rank, k top-k.
 """
@@ -16,16 +18,17 @@ from torch import Tensor
 _library = torch.library.Library("moelora_ops", "DEF")
 
 _library.define(
-    "topk_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor? bias, Tensor? seed,"
-    " Tensor(a!) y, int top_k, float scale, bool renormalize, float dropout, bool dropout_per_expert,"
-    " bool accumulate, bool stacked)"
-    " -> (Tensor hidden, Tensor logits, Tensor selected, Tensor weights, Tensor counts, Tensor prob_sums)"
+    "topk_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor? bias,"
+    " Tensor? seed, Tensor(a!) y, int top_k, float scale, bool renormalize, float dropout,"
+    " bool dropout_per_expert, bool accumulate, bool stacked)"
+    " -> (Tensor hidden, Tensor logits, Tensor selected, Tensor weights, Tensor counts,"
+    " Tensor prob_sums)"
 )
 _library.define(
-    "topk_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor? seed,"
-    " Tensor hidden, Tensor logits, Tensor selected, Tensor weights, Tensor? dprob_sums, Tensor(a!) dx,"
-    " float scale, bool renormalize, float dropout, bool dropout_per_expert, bool accumulate,"
-    " bool stacked, bool need_dx, bool need_dparams)"
+    "topk_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor router,"
+    " Tensor? seed, Tensor hidden, Tensor logits, Tensor selected, Tensor weights,"
+    " Tensor? dprob_sums, Tensor(a!) dx, float scale, bool renormalize, float dropout,"
+    " bool dropout_per_expert, bool accumulate, bool stacked, bool need_dx, bool need_dparams)"
     " -> (Tensor dlora_down, Tensor dlora_up, Tensor drouter)"
 )
 _library.define("small_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -45,11 +48,12 @@ STRATEGIES = ("auto", "stacked", "grouped")
 
 
 def is_stacked(strategy: str, num_experts: int, top_k: int) -> bool:
-    """Whether a kernel computes all experts of a token (``stacked``) or only the chosen ones (``grouped``).
+    """Whether a kernel computes all experts (``stacked``) or only a token's own (``grouped``).
 
-    On a CPU flops decide: grouped kernels touch k*r rows of a token, one token at a time; stacked ones touch all
-    E*r rows but share each load between several tokens, at up to 1.5 times the flop rate (docs/design.md).  The
-    choice depends on E and k alone, so that the bits of a token never depend on how many others there are.
+    On a CPU flops decide: grouped kernels touch k*r rows of a token, one token at a time; stacked
+    ones touch all E*r rows but share each load between several tokens, at up to 1.5 times the flop
+    rate (docs/design.md).  The choice depends on E and k alone, so that the bits of a token never
+    depend on how many others there are.
     """
     if strategy == "auto":
         return 3 * top_k > 2 * num_experts
@@ -58,8 +62,8 @@ def is_stacked(strategy: str, num_experts: int, top_k: int) -> bool:
 
 @torch.library.register_fake("moelora_ops::topk_forward")
 def _topk_forward_fake(
-    x, lora_down, lora_up, router, bias, seed, y, top_k, scale, renormalize, dropout, dropout_per_expert,
-    accumulate, stacked,
+    x, lora_down, lora_up, router, bias, seed, y, top_k, scale, renormalize, dropout,
+    dropout_per_expert, accumulate, stacked,
 ):  # fmt: skip
     num_experts, rank, _ = lora_down.shape
     tokens = x.shape[0]
@@ -77,8 +81,8 @@ def _topk_forward_fake(
 
 @torch.library.register_fake("moelora_ops::topk_backward")
 def _topk_backward_fake(
-    dy, x, lora_down, lora_up, router, seed, hidden, logits, selected, weights, dprob_sums, dx, scale,
-    renormalize, dropout, dropout_per_expert, accumulate, stacked, need_dx, need_dparams,
+    dy, x, lora_down, lora_up, router, seed, hidden, logits, selected, weights, dprob_sums, dx,
+    scale, renormalize, dropout, dropout_per_expert, accumulate, stacked, need_dx, need_dparams,
 ):  # fmt: skip
     if not need_dparams:
         return tuple(lora_down.new_empty((0,)) for _ in range(3))

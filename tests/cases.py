@@ -69,7 +69,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """Inputs on which no right implementation can choose other experts: near ties are drawn again."""
+    """Inputs on which no right implementation chooses other experts: near ties are drawn again."""
     T, K, N, E, r, k = shape
     random = torch.Generator().manual_seed(seed)
 
@@ -97,7 +97,7 @@ QUANTITIES = ("y", "prob_sums", "dx", "dlora_down", "dlora_up", "drouter")
 def run(
     function, inputs: Inputs, top_k: int, *, balance: bool = False, **options
 ) -> dict[str, Tensor]:
-    """Outputs, counts and every gradient of `function` (``functional.mola`` or ``reference.mola``)."""
+    """Outputs, counts and gradients of `function` (``functional.mola`` or ``reference.mola``)."""
     leaves = [t.detach().clone().requires_grad_() for t in
               (inputs.x, inputs.lora_down, inputs.lora_up, inputs.router)]  # fmt: skip
     x, lora_down, lora_up, router = leaves

@@ -1,4 +1,4 @@
-"""The MoLA layer: drop-in behaviour under training, autocast, checkpointing, compile and foreign bases."""
+"""The MoLA layer drops in: training, autocast, checkpointing, compile and foreign bases."""
 
 import copy
 import io

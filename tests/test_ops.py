@@ -1,4 +1,4 @@
-"""The operators: against the float64 reference on the shared case list, and the contracts of every operator."""
+"""The operators: their contracts, and the float64 reference on the shared case list."""
 
 import os
 import subprocess
@@ -23,13 +23,14 @@ VARIANTS = {
     "dropout-token": {"dropout": 0.3, "dropout_mode": "token", "seed": SEED},
     "dropout-expert": {"dropout": 0.3, "dropout_mode": "expert", "seed": SEED},
     "dropout-balance": {
-        "dropout": 0.1, "dropout_mode": "expert", "seed": SEED, "balance": True, "renormalize": False,
+        "dropout": 0.1, "dropout_mode": "expert", "seed": SEED, "balance": True,
+        "renormalize": False,
     },
 }  # fmt: skip
 
 
 def assert_within_budget(shape, dtype, **options):
-    """Errors pooled over several draws: one tiny draw may flatter the plain implementation by chance."""
+    """Errors pooled over several draws: a tiny one may flatter the plain version by chance."""
     got, plain, want = [], [], []
     for seed in range(8 if shape.T < 64 else 2):
         inputs = make_inputs(shape, dtype, seed)
@@ -40,7 +41,7 @@ def assert_within_budget(shape, dtype, **options):
         counts = [runs[-1].pop("counts") for runs in (got, plain, want)]
         assert torch.equal(counts[0], counts[2])
         if shape.k == 1 and options.get("renormalize", True) and not options.get("balance"):
-            # The weight is the constant 1.  The reference finds the zero up to rounding, we exactly.
+            # The weight is the constant 1: the reference's zero is rounded, ours is exact.
             assert not got[-1]["drouter"].any()
             plain[-1]["drouter"].zero_()
             want[-1]["drouter"].zero_()
@@ -128,8 +129,8 @@ def forward_arguments(dtype=torch.float32, stacked=False, dropout=0.0, accumulat
     i = make_inputs(shape, dtype)
     y = torch.nn.functional.linear(i.x, i.weight)
     return (
-        i.x, i.lora_down, i.lora_up, i.router, None if accumulate else i.bias, SEED if dropout else None,
-        y, 2, 0.5, True, dropout, False, accumulate, stacked,
+        i.x, i.lora_down, i.lora_up, i.router, None if accumulate else i.bias,
+        SEED if dropout else None, y, 2, 0.5, True, dropout, False, accumulate, stacked,
     )  # fmt: skip
 
 
@@ -138,9 +139,9 @@ def backward_arguments(dtype=torch.float32, stacked=False, need_dparams=True):
     x, lora_down, lora_up, router = arguments[:4]
     hidden, logits, selected, weights, _, prob_sums = ops.topk_forward(*arguments)
     return (
-        torch.randn(20, 40, dtype=dtype), x, lora_down, lora_up, router, None, hidden, logits, selected,
-        weights, torch.randn_like(prob_sums), torch.zeros_like(x), 0.5, True, 0.0, False, True, stacked,
-        True, need_dparams,
+        torch.randn(20, 40, dtype=dtype), x, lora_down, lora_up, router, None, hidden, logits,
+        selected, weights, torch.randn_like(prob_sums), torch.zeros_like(x), 0.5, True, 0.0, False,
+        True, stacked, True, need_dparams,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Which implementation runs: the one dispatch table.
 
-A back end is a name, the device type its kernels live on and a test of whether it can run here.  An explicit
-choice never falls back; the automatic one takes the first that fits and says once if that is the reference.
+A back end is a name, the device type its kernels live on and a test of whether it can run here.  An
+explicit choice never falls back; the automatic one takes the first that fits and says once if that
+is the reference.
 """
 
 import contextlib
@@ -65,8 +66,8 @@ def _check_name(name: str | None) -> None:
 class use_backend(contextlib.ContextDecorator):
     """Force a back end: ``with use_backend("reference"): ...``; None restores the automatic choice.
 
-    ``use_backend(name)`` takes effect inside a ``with`` block or around a decorated function, for the current
-    thread.  ``set_default_backend`` changes the process.
+    ``use_backend(name)`` takes effect inside a ``with`` block or around a decorated function, for
+    the current thread.  ``set_default_backend`` changes the process.
 
     Raises:
         ValueError: the name is unknown.
@@ -85,7 +86,10 @@ class use_backend(contextlib.ContextDecorator):
 
 
 def set_default_backend(name: str | None) -> None:
-    """The back end of the whole process outside ``use_backend`` blocks (also: environment MOELORA_BACKEND)."""
+    """Set the back end of the whole process outside ``use_backend`` blocks.
+
+    The environment variable MOELORA_BACKEND does the same at import.
+    """
     global _default
     _check_name(name)
     _default = name

@@ -1,4 +1,4 @@
-"""Loads the compiled extension, whose kernels register themselves with the operators of ``moelora_ops.ops``."""
+"""Loads the compiled extension, whose kernels register for the operators of ``ops.py``."""
 
 import importlib
 import os
@@ -23,19 +23,19 @@ def why_missing() -> str:
 
 
 def isa_level() -> str:
-    """The instruction set level that the CPU kernels run at (environment MOELORA_CPU_ISA overrides it)."""
+    """The instruction set level of the CPU kernels (environment MOELORA_CPU_ISA overrides it)."""
     import torch
 
     return "none" if _error else torch.ops.moelora_ops.cpu_isa()
 
 
-# Up to this many tokens the extension's own product replaces the library GEMM for the frozen linear, which is
-# far from memory speed there (docs/design.md).  MOELORA_SMALL_LINEAR=0 turns it off.
+# Up to a few tokens the extension's own product replaces the library GEMM for the frozen linear,
+# which is far from memory speed there (docs/design.md).  MOELORA_SMALL_LINEAR=0 turns it off.
 _small_linear = os.environ.get("MOELORA_SMALL_LINEAR", "1") != "0"
 
 
 def set_small_linear(enabled: bool) -> None:
-    """Whether a frozen linear of a few tokens runs on our dot kernel instead of the library GEMM."""
+    """Whether a frozen linear of a few tokens runs on our dot kernel, not on the library GEMM."""
     global _small_linear
     _small_linear = bool(enabled)
 

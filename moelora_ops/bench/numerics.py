@@ -70,8 +70,8 @@ def error(got: Tensor, want: Tensor) -> Error:
 def budget(plain: Error, dtype: torch.dtype, factor: float = 2.0) -> Error:
     """`factor` times `plain`, which counts as no better than one rounding to `dtype`.
 
-    The largest of some thousand errors scatters by a factor of two between right implementations: it gets
-    that much more room than their root mean square.
+    The largest of some thousand errors scatters by a factor of two between right implementations:
+    it gets that much more room than their root mean square.
     """
     ulp = torch.finfo(dtype).eps
     if dtype == torch.float64:

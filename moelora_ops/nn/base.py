@@ -1,4 +1,4 @@
-"""What every layer shares: a frozen base with in_features and out_features, and how its output joins."""
+"""What every layer shares: a frozen base with in and out features, and how its output joins."""
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from ..functional import Routing
 class AdapterLinear(nn.Module):
     """A frozen linear layer with trainable experts beside it.
 
-    The base may be an ``nn.Linear``, whose product the functions compute themselves, or any module with
-    ``in_features`` and ``out_features`` (quantised, sharded, foreign): then it is called as it is and the experts
-    are added to its output.
+    The base may be an ``nn.Linear``, whose product the functions compute themselves, or any module
+    with ``in_features`` and ``out_features`` (quantised, sharded, foreign): then it is called as it
+    is and the experts are added to its output.
 
     Args:
         base: the layer to adapt; its parameters are frozen (``requires_grad_(False)``).
@@ -28,17 +28,18 @@ class AdapterLinear(nn.Module):
             raise TypeError(f"base: wanted a torch.nn.Module, got {type(base).__name__}")
         for name in ("in_features", "out_features"):
             if not isinstance(getattr(base, name, None), int):
-                raise TypeError(f"base: wanted a layer with an integer {name}, got {type(base).__name__}")
+                raise TypeError(
+                    f"base: wanted a layer with an integer {name}, got {type(base).__name__}"
+                )
         if isinstance(base, AdapterLinear):
             raise TypeError(f"base: is already adapted ({type(base).__name__})")
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base = base.requires_grad_(False)
         like = next((t for t in (*base.parameters(), *base.buffers())), torch.empty(0))
-        floating = like.is_floating_point() and like.element_size() > 1
-        self._new = {
-            "device": like.device if device is None else device,
-            "dtype": (like.dtype if floating else torch.get_default_dtype()) if dtype is None else dtype,
-        }
+        if dtype is None:
+            floating = like.is_floating_point() and like.element_size() > 1
+            dtype = like.dtype if floating else torch.get_default_dtype()
+        self._new = {"device": like.device if device is None else device, "dtype": dtype}
         self.routing: Routing | None = None
         self.dprob_sums: Tensor | None = None  # see balance.record
 
@@ -46,9 +47,9 @@ class AdapterLinear(nn.Module):
         return nn.Parameter(torch.empty(*shape, **self._new))
 
     def base_arguments(self, x: Tensor) -> dict[str, Tensor | None]:
-        """The base as the arguments of a method's function: weight and bias, or its output for x."""
+        """The base as arguments of a method's function: weight and bias, or its output for x."""
         base = self.base
-        # Exactly nn.Linear: quantised layers subclass it, and hooks or parametrisations need the call.
+        # Exactly nn.Linear: quantised layers subclass it; hooks and parametrisations need the call.
         if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
             return {"weight": base.weight, "bias": base.bias, "base_output": None}
         return {"weight": None, "bias": None, "base_output": base(x)}

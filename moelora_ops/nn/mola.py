@@ -28,9 +28,10 @@ class MoLALinear(AdapterLinear):
         lora_up: ``[E, rank, out_features]``, zero, so that y = base(x) at first.
         router: ``[E, in_features]``, Kaiming-uniform(a=√5), no bias.
 
-    The initialisation is that of the authors' code; the paper says Gaussian.  The state_dict is that of
-    :class:`moelora_ops.reference.MoLALinear`.  Dropout masks are drawn from torch's generator of x's device, so
-    ``torch.manual_seed`` repeats them and gradient checkpointing recomputes them.
+    The initialisation is that of the authors' code; the paper says Gaussian.  The state_dict is
+    that of :class:`moelora_ops.reference.MoLALinear`.  Dropout masks are drawn from torch's
+    generator of x's device, so ``torch.manual_seed`` repeats them and gradient checkpointing
+    recomputes them.
 
     Shapes: x ``[..., in_features]`` to y ``[..., out_features]``.
 
@@ -75,7 +76,8 @@ class MoLALinear(AdapterLinear):
         y, routing = functional.mola(
             x, lora_down=self.lora_down, lora_up=self.lora_up, router=self.router, top_k=self.top_k,
             scale=self.alpha / self.rank, renormalize=self.renormalize, dropout=dropout,
-            dropout_mode=self.dropout_mode, seed=seed, return_routing=True, **self.base_arguments(x),
+            dropout_mode=self.dropout_mode, seed=seed, return_routing=True,
+            **self.base_arguments(x),
         )  # fmt: skip
         return self._record(y, routing)
 
@@ -93,13 +95,14 @@ class MoLALinear(AdapterLinear):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"num_experts={self.num_experts}, rank={self.rank}, alpha={self.alpha}, top_k={self.top_k}, "
-            f"dropout={self.dropout} per {self.dropout_mode}, renormalize={self.renormalize}"
+            f"num_experts={self.num_experts}, rank={self.rank}, alpha={self.alpha}, "
+            f"top_k={self.top_k}, dropout={self.dropout} per {self.dropout_mode}, "
+            f"renormalize={self.renormalize}"
         )
 
 
 def check_arguments(num_experts, rank, top_k, dropout, dropout_mode) -> None:
-    """The constructor's contract, also used to check a whole model's configuration before touching it."""
+    """The constructor's contract; a whole model's configuration is checked by it as well."""
     for name, value in (("num_experts", num_experts), ("rank", rank)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: wanted an int of at least 1, got {value!r}")

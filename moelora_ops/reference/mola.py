@@ -1,7 +1,7 @@
 """MoLA, literally: Gao et al., "MoE LoRA with Layer-wise Expert Allocation" (2402.08562), eqs. 3-4.
 
-A loop over the experts in eager PyTorch, any dtype up to float64, on any device.  This is what the kernels are
-judged against, so it shares nothing with them.
+A loop over the experts in eager PyTorch, any dtype up to float64, on any device.  This is what the
+kernels are judged against, so it shares nothing with them.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ class Routing(NamedTuple):
 
     Attributes:
         counts: ``[E]`` int64, how many (token, slot) pairs chose each expert.
-        prob_sums: ``[E]``, the full softmax summed over tokens; differentiable with respect to x and router.
+        prob_sums: ``[E]``, the full softmax summed over tokens; differentiable with respect to x
+            and router.
     """
 
     counts: Tensor
@@ -50,20 +51,21 @@ def mola(
     seed: Tensor | None = None,
     base_output: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
-    """``y = x Wᵀ + b + scale Σ_{e in top-k} w_e B_e A_e dropout(x)`` with ``w = softmax(x Rᵀ)`` over the chosen.
+    """``y = x Wᵀ + b + scale Σ_{e in top-k} w_e B_e A_e dropout(x)``, ``w = softmax(x Rᵀ)``.
 
     Args:
         x: ``[..., K]``.
-        weight, bias: the frozen linear, ``[N, K]`` and ``[N]`` or None; ignored if `base_output` is given.
+        weight, bias: the frozen linear, ``[N, K]`` and ``[N]`` or None; ignored if `base_output`
+            is given.
         lora_down: ``[E, r, K]``; A of expert e is ``lora_down[e]``.
         lora_up: ``[E, r, N]``; B of expert e is ``lora_up[e].T``.
         router: ``[E, K]``.
         top_k: experts per token.
         scale: alpha / r.
-        renormalize: divide the chosen probabilities by their sum (the paper) or not (a choice of ours).
+        renormalize: divide the chosen probabilities by their sum (the paper) or not (our choice).
         dropout: probability of dropping an expert's input.  The router sees the undropped input.
-        dropout_mode: ``"token"`` one mask for all experts of a token (our choice), ``"expert"`` a mask per
-            (token, expert) pair (the authors' code).
+        dropout_mode: ``"token"`` one mask for all experts of a token (our choice), ``"expert"`` a
+            mask per (token, expert) pair (the authors' code).
         seed: int64, one element; required if dropout > 0.
         base_output: ``[..., N]``, the frozen layer's output if it is not a plain linear.
 
@@ -72,7 +74,7 @@ def mola(
     """
     num_experts = router.shape[0]
     tokens = x.reshape(-1, x.shape[-1])
-    # Router arithmetic is at least float32, also under autocast: rounded logits choose other experts.
+    # At least float32 in the router, also under autocast: rounded logits choose other experts.
     wide = torch.promote_types(x.dtype, torch.float32)
     with no_autocast(x.device.type):
         logits = tokens.to(wide) @ router.to(wide).T
@@ -103,7 +105,7 @@ def mola(
 
 
 class MoLALinear(nn.Module):
-    """The layer that :class:`moelora_ops.nn.MoLALinear` is checked against; same arguments, same state_dict."""
+    """What :class:`moelora_ops.nn.MoLALinear` is checked against: same arguments and state_dict."""
 
     def __init__(
         self,
@@ -138,7 +140,7 @@ class MoLALinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Router and A Kaiming-uniform(a=√5), B zero (the authors' code; the paper says Gaussian)."""
+        """Router and A Kaiming-uniform(a=√5), B zero (the authors' code; the paper: Gaussian)."""
         for e in range(self.num_experts):
             nn.init.kaiming_uniform_(self.lora_down[e], a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
@@ -149,8 +151,8 @@ class MoLALinear(nn.Module):
         seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout > 0 else None
         y, self.routing = mola(
             x, None, None, self.lora_down, self.lora_up, self.router, self.top_k,
-            self.alpha / self.rank, self.renormalize, dropout=dropout, dropout_mode=self.dropout_mode,
-            seed=seed, base_output=self.base(x),
+            self.alpha / self.rank, self.renormalize, dropout=dropout,
+            dropout_mode=self.dropout_mode, seed=seed, base_output=self.base(x),
         )  # fmt: skip
         return y
 

@@ -1,12 +1,13 @@
-"""Philox4x32-10 dropout masks in plain PyTorch, the definition that every kernel reproduces bit for bit.
+"""Philox4x32-10 dropout masks in plain PyTorch: what every kernel reproduces bit for bit.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-How the counter is laid out is our choice: feature ``i`` of token ``t`` under expert ``e`` reads 16 bits of
+
+Our choice is the counter's layout: feature ``i`` of token ``t`` under expert ``e`` reads 16 bits of
 
     philox4x32_10(key=(seed low, seed high), counter=(i // 8, t low, e, t high))
 
-namely the low half (``i`` even) or the high half (``i`` odd) of output word ``(i % 8) // 2``.  One call serves
-eight neighbouring features, which is one 16-byte load of a 16-bit row.
+namely the low half (``i`` even) or the high half (``i`` odd) of output word ``(i % 8) // 2``.  One
+call serves eight neighbouring features, which is one 16-byte load of a 16-bit row.
 """
 
 import torch
