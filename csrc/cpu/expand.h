@@ -3,6 +3,8 @@
 // sums its entries in an order of its own, so its bits do not depend on the tile.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/dropout.h"
 #include "cpu/panel.h"
 #include "cpu/scratch.h"
@@ -29,6 +31,11 @@ struct Output {
     return accumulate ? y + t * ldy + c : bias ? bias + c : nullptr;
   }
   int64_t start_stride() const { return accumulate ? ldy : 0; }
+  // Rows are pages apart, which no hardware prefetcher follows.
+  void fetch(int64_t t, int64_t c, int64_t columns) const {
+    const char* row = reinterpret_cast<const char*>(y + t * ldy + c);
+    for (size_t b = 0; b < columns * sizeof(T); b += 64) prefetch(row + b);
+  }
 };
 
 template <class P, class T>
@@ -72,10 +79,7 @@ void expand_sparse(const RowTable<T>& table, int64_t t0, int64_t t1, int64_t c0,
     const int64_t columns = c1 - c < P::kColumns ? c1 - c : P::kColumns;
     const auto* panel = fill_panel<P>(table, c, columns);
     for (int64_t t = t0; t < t1; ++t) {
-      if (out.accumulate && t + kAhead < t1) {
-        const char* next = reinterpret_cast<const char*>(out.y + (t + kAhead) * out.ldy + c);
-        for (size_t b = 0; b < columns * sizeof(T); b += 64) prefetch(next + b);
-      }
+      if (t + kAhead < t1) out.fetch(t + kAhead, c, columns);
       const int64_t q = (t - t0) * per_token;
       on_whole_block<P>(out, t, 1, c, columns, [&](const T* start, int64_t ldi, T* y, int64_t ldy) {
         P::template tile<1, P::kVectors>(per_token, entry + q, word + q, 0, panel, start, ldi, y, ldy);
@@ -99,6 +103,8 @@ void expand_dense(const RowTable<T>& table, int64_t t0, int64_t t1, int64_t c0, 
     for (int64_t t = t0; t < t1;) {
       const int tokens = t1 - t >= kTokens ? kTokens : 1;
       const auto* h = word + (t - t0) * n;
+      for (int64_t next = t + tokens; next < std::min(t1, t + 2 * tokens); ++next)
+        out.fetch(next, c, columns);
       on_whole_block<P>(out, t, tokens, c, columns,
                         [&](const T* start, int64_t ldi, T* y, int64_t ldy) {
         for (int v = 0; v < P::kVectors; v += kWidth) {

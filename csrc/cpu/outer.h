@@ -34,7 +34,9 @@ struct OuterTile {
     for (int64_t q = 0; q < steps; ++q, h += kRows) {
       const T* row = v[q] + c;
       const vec<A> l = load(row), u = load(row + kLanes<A>);
-      prefetch(row + kColumns);
+      // Rows are a page apart, which no hardware prefetcher follows: fetch their next tile.
+      for (size_t b = 0; b < kColumns * sizeof(T); b += 64)
+        prefetch(reinterpret_cast<const char*>(row + kColumns) + b);
       MOELORA_UNROLL
       for (int i = 0; i < kRows; ++i) {
         low[i] = low[i] + splat(h[i]) * l;

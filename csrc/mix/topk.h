@@ -36,25 +36,16 @@ MOELORA_HD int64_t order_key(double v) {
 template <class A>
 MOELORA_HD void topk_forward_row(const A* logits, int E, int k, bool renormalize, int32_t* selected,
                                  A* weights, A* probs) {
-  // The s-th choice is the largest key after the (s-1)-th in (key descending, index ascending) order, so no
-  // scratch marks what was taken, and a NaN cannot select a column that does not exist.
-  auto previous_key = order_key(A(0));
-  int previous = -1;
-  for (int s = 0; s < k; ++s) {
-    int best = -1;
-    auto best_key = previous_key;
-    for (int e = 0; e < E; ++e) {
-      const auto key = order_key(logits[e]);
-      const bool taken =
-          s > 0 && (key > previous_key || (key == previous_key && e <= previous));
-      if (!taken && (best < 0 || key > best_key)) {
-        best = e;
-        best_key = key;
-      }
-    }
-    selected[s] = best;
-    previous = best;
-    previous_key = best_key;
+  // One pass with an insertion into the sorted choices: most logits cost one comparison.  Comparing is strict, so
+  // equal keys keep the lower index, and it is on integers, so NaN cannot select a column that does not exist.
+  auto smallest = order_key(A(0));
+  for (int e = 0; e < E; ++e) {
+    const auto key = order_key(logits[e]);
+    if (e >= k && key <= smallest) continue;
+    int s = e < k ? e : k - 1;
+    for (; s > 0 && key > order_key(logits[selected[s - 1]]); --s) selected[s] = selected[s - 1];
+    selected[s] = e;
+    if (e + 1 >= k) smallest = order_key(logits[selected[k - 1]]);
   }
 
   const A largest = logits[selected[0]];
