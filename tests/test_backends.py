@@ -197,6 +197,50 @@ def test_a_compiled_caller_follows_the_choice(built):
     assert compiled(x) == 2
 
 
+@pytest.mark.parametrize("first", ["cpu", "reference"])
+def test_a_compiled_layer_follows_the_choice_of_its_thread(built, first):
+    """torch.compile guards on the choice, also when another thread compiled first."""
+    ran = []
+
+    def note(graph, inputs):
+        kernels = any("autograd_function" in str(node.target) for node in graph.graph.nodes)
+
+        def run(*args):
+            ran.append("cpu" if kernels else "reference")
+            return graph(*args)
+
+        return run
+
+    layer = moelora_ops.nn.MoLALinear(torch.nn.Linear(6, 5), 4)
+    compiled = torch.compile(layer, backend=note, fullgraph=True)
+    inner = use_backend("reference")(torch.compile(layer, backend=note, fullgraph=True))
+    x = torch.randn(3, 6, requires_grad=True)
+
+    def call(name, function=compiled):
+        ran.clear()
+        with use_backend(name):
+            function(x)
+        return ran.copy()
+
+    def in_a_thread(name):
+        thread = threading.Thread(target=lambda: call(name))
+        thread.start()
+        thread.join()
+        return ran.copy()
+
+    second = {"cpu": "reference", "reference": "cpu"}[first]
+    for name in (first, second, first):
+        assert in_a_thread(name) == [name]
+        assert call(name) == [name]
+    assert call(None) == ["cpu"]
+    assert call("cpu", inner) == ["reference"]
+    with use_backend("reference"):
+        assert in_a_thread(None) == ["cpu"]
+    set_default_backend("reference")
+    compiled(x)
+    assert ran[-1] == "reference"
+
+
 def test_available_says_why_not(not_built):
     assert dict(backends.available()) == {
         "cpu": "the compiled extension is not built",

@@ -43,14 +43,23 @@ BACKENDS = (
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
+_UNFORCED = ""  # a string, so that torch.compile guards on its value
+
+
 class _Forced(threading.local):
-    """The names of the ``use_backend`` blocks that this thread is in, innermost last.
+    """What the ``use_backend`` blocks that this thread is in force.
 
     Not a ContextVar: torch.compile cannot trace one, while it guards on this.
+
+    Attributes:
+        name: of the innermost block, which may be None; outside all, ``_UNFORCED``.  Apart from the
+            others, so that a graph is compiled once per name and not per way of nesting.
+        outer: the names that the blocks' ends restore, innermost last.
     """
 
     def __init__(self):
-        self.names: list[str | None] = []
+        self.name: str | None = _UNFORCED
+        self.outer: list[str | None] = []
 
 
 _forced = _Forced()
@@ -67,7 +76,8 @@ class use_backend(contextlib.ContextDecorator):
     """Force a back end: ``with use_backend("reference"): ...``; None restores the automatic choice.
 
     ``use_backend(name)`` takes effect inside a ``with`` block or around a decorated function, for
-    the current thread.  ``set_default_backend`` changes the process.
+    the current thread.  ``set_default_backend`` changes the process.  A compiled function follows
+    both: torch.compile compiles it anew for each back end that it is called under.
 
     Raises:
         ValueError: the name is unknown.
@@ -78,11 +88,12 @@ class use_backend(contextlib.ContextDecorator):
         self.name = name
 
     def __enter__(self):
-        _forced.names.append(self.name)
+        _forced.outer.append(_forced.name)
+        _forced.name = self.name
         return self
 
     def __exit__(self, *exc_info):
-        _forced.names.pop()
+        _forced.name = _forced.outer.pop()
 
 
 def set_default_backend(name: str | None) -> None:
@@ -101,7 +112,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: a back end was asked for that cannot run here, or not on these tensors.
     """
-    forced = _forced.names[-1] if _forced.names else _default
+    forced = _default if _forced.name == _UNFORCED else _forced.name
     if forced is not None:
         _check_name(forced)
         backend = _BY_NAME[forced]
