@@ -1,5 +1,7 @@
 """The methods as stateless functions: validate, apply autocast, run the chosen back end."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -84,7 +86,7 @@ def mola(
             _autocast(t, low) for t in (x, weight, bias, lora_down, lora_up, router, base_output)
         )
     _check_mola(
-        x, weight, bias, lora_down, lora_up, router, top_k, dropout, dropout_mode, seed,
+        x, weight, bias, lora_down, lora_up, router, top_k, scale, dropout, dropout_mode, seed,
         base_output, strategy,
     )  # fmt: skip
     backend = backends.choose(x.device, x.dtype)
@@ -150,8 +152,8 @@ def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _check_mola(
-    x, weight, bias, lora_down, lora_up, router, top_k, dropout, dropout_mode, seed, base_output,
-    strategy,
+    x, weight, bias, lora_down, lora_up, router, top_k, scale, dropout, dropout_mode, seed,
+    base_output, strategy,
 ) -> None:  # fmt: skip
     """Every contract of :func:`mola`; the kernels trust it."""
     if not isinstance(x, Tensor):
@@ -189,6 +191,7 @@ def _check_mola(
         if bias is not None:
             _check_tensor("bias", bias, (out_features,), x)
     check_top_k(top_k, num_experts)
+    check_finite("scale", scale)
     check_dropout(dropout, dropout_mode)
     if dropout > 0:
         if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
@@ -207,11 +210,20 @@ def check_top_k(top_k: int, num_experts: int) -> None:
         raise ValueError(f"top_k: wanted an int in 1..num_experts={num_experts}, got {top_k!r}")
 
 
+def check_finite(name: str, value: float) -> None:
+    if not _is_number(value) or not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: wanted a finite number, got {value!r}")
+
+
 def check_dropout(dropout: float, dropout_mode: str) -> None:
-    if not 0 <= dropout < 1:
+    if not _is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"dropout: wanted a probability in [0, 1), got {dropout!r}")
     if dropout_mode not in DROPOUT_MODES:
         raise ValueError(f"dropout_mode: wanted one of {DROPOUT_MODES}, got {dropout_mode!r}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> None:

@@ -1,7 +1,6 @@
 """Whole models: put adapters into any torch model, swap reference layers for fused ones."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -63,9 +62,9 @@ class MoLAConfig:
         else:
             per_layer = [experts]
         for number in per_layer:
-            check_arguments(number, self.rank, self.top_k, self.dropout, self.dropout_mode)
-        if not _is_number(self.alpha) or not math.isfinite(self.alpha):
-            raise ValueError(f"alpha: wanted a finite number, got {self.alpha!r}")
+            check_arguments(
+                number, self.rank, self.alpha, self.top_k, self.dropout, self.dropout_mode
+            )
         if not isinstance(self.renormalize, bool):
             raise TypeError(f"renormalize: wanted a bool, got {self.renormalize!r}")
         targets = self.target_modules
@@ -311,7 +310,3 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

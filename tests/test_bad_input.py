@@ -177,7 +177,8 @@ def test_two_bases(name):
 
 
 TOP_KS = [0, -1, EXPERTS + 1, 2.0, True, None]
-DROPOUTS = [-0.1, 1.0, 1, 2.5, float("nan")]
+DROPOUTS = [-0.1, 1.0, 1, 2.5, float("nan"), "0.1", None, True, [0.5]]
+NOT_FINITE = [float("nan"), float("inf"), -float("inf"), "2", None, True, 2j, torch.tensor(2.0)]
 
 
 @pytest.mark.parametrize("top_k", TOP_KS)
@@ -190,6 +191,11 @@ def test_top_k(top_k):
 def test_dropout(dropout):
     message = f"dropout: wanted a probability in [0, 1), got {dropout!r}"
     refused(ValueError, message, {**good(), "dropout": dropout, "seed": torch.tensor([1])})
+
+
+@pytest.mark.parametrize("scale", NOT_FINITE, ids=str)
+def test_scale(scale):
+    refused(ValueError, f"scale: wanted a finite number, got {scale!r}", {**good(), "scale": scale})
 
 
 def test_dropout_mode():
@@ -252,6 +258,12 @@ def test_layer_top_k(top_k):
 def test_layer_dropout(dropout):
     message = f"dropout: wanted a probability in [0, 1), got {dropout!r}"
     constructor_refused(MoLALinear, ValueError, message, nn.Linear(K, N), dropout=dropout)
+
+
+@pytest.mark.parametrize("alpha", NOT_FINITE, ids=str)
+def test_layer_alpha(alpha):
+    message = f"alpha: wanted a finite number, got {alpha!r}"
+    constructor_refused(MoLALinear, ValueError, message, nn.Linear(K, N), alpha=alpha)
 
 
 def test_layer_dropout_mode():

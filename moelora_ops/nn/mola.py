@@ -53,7 +53,7 @@ class MoLALinear(AdapterLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        check_arguments(num_experts, rank, top_k, dropout, dropout_mode)
+        check_arguments(num_experts, rank, alpha, top_k, dropout, dropout_mode)
         super().__init__(base, device, dtype)
         self.num_experts, self.rank, self.alpha, self.top_k = num_experts, rank, alpha, top_k
         self.dropout, self.dropout_mode, self.renormalize = dropout, dropout_mode, renormalize
@@ -101,10 +101,11 @@ class MoLALinear(AdapterLinear):
         )
 
 
-def check_arguments(num_experts, rank, top_k, dropout, dropout_mode) -> None:
+def check_arguments(num_experts, rank, alpha, top_k, dropout, dropout_mode) -> None:
     """The constructor's contract; a whole model's configuration is checked by it as well."""
     for name, value in (("num_experts", num_experts), ("rank", rank)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: wanted an int of at least 1, got {value!r}")
+    functional.check_finite("alpha", alpha)
     functional.check_top_k(top_k, num_experts)
     functional.check_dropout(dropout, dropout_mode)
