@@ -290,6 +290,11 @@ def _target_names(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]
             if is_linear(module) and name and numbered_layer(model, name) is not None:
                 names.append(name)
         elif any(name == target or name.endswith("." + target) for target in targets):
+            if isinstance(module, NonDynamicallyQuantizableLinear):
+                raise TypeError(
+                    f"target_modules: {name} belongs to an nn.MultiheadAttention, which reads its "
+                    "weight and never calls it, so that experts would have no effect"
+                )
             if not is_linear(module):
                 raise TypeError(
                     "target_modules: wanted linears with integer in_features and out_features, "

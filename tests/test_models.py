@@ -119,6 +119,90 @@ def test_all_linear_leaves_what_attention_reads_without_calling():
     assert set(experts(model)) == {"0.linear1", "0.linear2"}
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_fused_path_of_torch_transformers_keeps_the_experts(implementation, padded, compiled):
+    """In eval without gradients it reads the weights of both linears and calls neither."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.arange(5) >= torch.tensor([[5], [3]])
+    options = {"src_key_padding_mask": padding} if padded else {}
+    with torch.no_grad():
+        base = model(x, **options)
+    moelora_ops.apply(
+        model, MoLAConfig(2, target_modules="all-linear"), implementation=implementation
+    )
+    for parameter in models.adapter_parameters(model):
+        nn.init.normal_(parameter)
+    run = torch.compile(model, backend="eager") if compiled else model
+    with torch.no_grad():
+        got = run(x, **options)
+    wanted = model(x, **options)  # with gradients: no fused path
+    assert wanted.requires_grad
+    rows = ~padding if padded else ...
+    torch.testing.assert_close(got[rows], wanted[rows])
+    assert (got[rows] - base[rows]).abs().max() > 0.1
+
+
+def test_attention_projections_are_refused_by_name():
+    model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16)])
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"target_modules: 0.self_attn.out_proj belongs to an nn.M"):
+        moelora_ops.apply(model, MoLAConfig(2, target_modules=["linear1", "out_proj"]))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("kind", [MoLALinear, reference.MoLALinear])
+def test_layers_look_like_their_base(kind):
+    base = nn.Linear(6, 5)
+    layer = kind(base, 4)
+    assert isinstance(layer.weight, torch.Tensor) and layer.weight.dtype == torch.float32
+    assert layer.weight.data_ptr() == base.weight.data_ptr() and torch.equal(
+        layer.weight, base.weight
+    )
+    assert type(layer.weight + 1) is torch.Tensor
+    assert layer.bias is base.bias
+    assert set(layer.state_dict()) == {
+        "base.weight", "base.bias", "lora_down", "lora_up", "router",
+    }  # fmt: skip
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def cast_and_call(x):  # as T5 does
+        return layer(x.to(layer.weight.dtype))
+
+    assert cast_and_call(torch.zeros(3, 6, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [MoLALinear, reference.MoLALinear])
+def test_a_base_without_weight_gives_none(kind):
+    base = nn.Linear(6, 5)
+    del base.weight, base.bias
+    layer = kind(base, 4)
+    assert not hasattr(layer, "weight") and not hasattr(layer, "bias")
+    sharded = nn.Linear(6, 5)
+    sharded.weight = nn.Parameter(sharded.weight.detach().as_subclass(Special))
+    assert kind(sharded, 4).weight is sharded.weight
+
+
+class Special(torch.Tensor):
+    """A weight that is more than its elements."""
+
+
+@pytest.mark.parametrize("kind", [MoLALinear, reference.MoLALinear])
+def test_products_that_would_skip_the_experts_are_refused(kind):
+    layer, x = kind(nn.Linear(8, 8), 4), torch.randn(3, 8)
+    with pytest.raises(TypeError, match=r"weight: linear on the weight .* would skip its experts"):
+        nn.functional.linear(x, layer.weight, layer.bias)
+    for training in (True, False):
+        attention = nn.MultiheadAttention(8, 2, batch_first=True).train(training)
+        attention.out_proj = kind(attention.out_proj, 4)
+        with torch.no_grad(), pytest.raises(TypeError, match="would skip its experts"):
+            attention(x[None], x[None], x[None])
+
+
 def test_all_linear_takes_the_outermost():
     class Quantised(nn.Module):
         in_features, out_features = 6, 6

@@ -5,14 +5,16 @@ from torch import Tensor, nn
 
 from .. import balance
 from ..functional import Routing
+from ..reference import LooksLikeBase
 
 
-class AdapterLinear(nn.Module):
+class AdapterLinear(LooksLikeBase, nn.Module):
     """A frozen linear layer with trainable experts beside it.
 
     The base may be an ``nn.Linear``, whose product the functions compute themselves, or any module
     with ``in_features`` and ``out_features`` (quantised, sharded, foreign): then it is called as it
-    is and the experts are added to its output.
+    is and the experts are added to its output.  ``layer.weight`` and ``layer.bias`` are the base's,
+    for models that look at them.
 
     Args:
         base: the layer to adapt; its parameters are frozen (``requires_grad_(False)``).

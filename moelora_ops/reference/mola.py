@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import LooksLikeBase
 from .philox import keep_mask
 
 
@@ -104,7 +105,7 @@ def mola(
     return y.reshape(*x.shape[:-1], y.shape[-1]), Routing(counts, probs.sum(0))
 
 
-class MoLALinear(nn.Module):
+class MoLALinear(LooksLikeBase, nn.Module):
     """What :class:`moelora_ops.nn.MoLALinear` is checked against: same arguments and state_dict."""
 
     def __init__(
