@@ -1,6 +1,7 @@
-// The operators of moelora_ops/ops.py on CPU tensors: allocate, fill the plain structs of cpu/kernels.h, split the
-// work over torch's threads.  The only file that knows tensors, and only through the LibTorch stable ABI.
-// Arguments were validated in Python (moelora_ops/functional.py); what is checked here would corrupt memory.
+// The operators of moelora_ops/ops.py on CPU tensors: allocate, fill the plain structs of
+// cpu/kernels.h, split the work over torch's threads.  The only file that knows tensors, and only
+// through the LibTorch stable ABI. Arguments were validated in Python (moelora_ops/functional.py);
+// what is checked here would corrupt memory.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,8 +18,8 @@
 
 namespace {
 
-using moelora::DType;
 using moelora::Dropout;
+using moelora::DType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -28,7 +29,8 @@ DType dtype_of(const Tensor& t) {
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::Double: return DType::kFloat64;
-    default: STD_TORCH_CHECK(false, "x: the cpu kernels compute in float32, bfloat16, float16, float64");
+    default:
+      STD_TORCH_CHECK(false, "x: the cpu kernels compute in float32, bfloat16, float16, float64");
   }
 }
 
@@ -62,9 +64,8 @@ void check_contiguous(const Tensor& t, const char* name) {
 template <class F>
 void split(int64_t n, int64_t unit, const F& f) {
   const int64_t units = (n + unit - 1) / unit;
-  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    f(begin * unit, std::min(n, end * unit));
-  });
+  torch::stable::parallel_for(
+      0, units, 1, [&](int64_t begin, int64_t end) { f(begin * unit, std::min(n, end * unit)); });
 }
 
 // Column pieces: whole cache lines of any type and whole tiles of any level.
@@ -137,8 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_forward(
   Tensor weights = empty(x, {p.T, p.k}, wide);
   Tensor counts = empty(x, {p.E}, ScalarType::Long);
   Tensor prob_sums = empty(x, {p.E}, wide);
-  Tensor partials =
-      empty(x, {(p.T + moelora::kTokenUnit - 1) / moelora::kTokenUnit, p.E}, wide);
+  Tensor partials = empty(x, {(p.T + moelora::kTokenUnit - 1) / moelora::kTokenUnit, p.E}, wide);
   p.hidden = data<void>(hidden);
   p.logits = data<void>(logits);
   p.selected = data<int32_t>(selected);
@@ -215,10 +215,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
   split(p.T, moelora::kTokenUnit,
         [&](int64_t t0, int64_t t1) { kernels.topk_backward_tokens(p, t0, t1); });
   if (need_dparams) {
-    split(p.K, kColumnUnit,
-          [&](int64_t c0, int64_t c1) { kernels.topk_backward_down(p, c0, c1); });
-    split(p.N, kColumnUnit,
-          [&](int64_t c0, int64_t c1) { kernels.topk_backward_up(p, c0, c1); });
+    split(p.K, kColumnUnit, [&](int64_t c0, int64_t c1) { kernels.topk_backward_down(p, c0, c1); });
+    split(p.N, kColumnUnit, [&](int64_t c0, int64_t c1) { kernels.topk_backward_up(p, c0, c1); });
   }
   return {dlora_down, dlora_up, drouter};
 }
@@ -229,7 +227,8 @@ Tensor small_linear(const Tensor& x, const Tensor& weight, const std::optional<T
   const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
   const int64_t ldx = row_stride(x, "x"), ldw = row_stride(weight, "weight");
   split(N, kColumnUnit, [&](int64_t n0, int64_t n1) {
-    kernels.small_linear(read(x), ldx, T, read(weight), ldw, read(bias), K, n0, n1, data<void>(y), N);
+    kernels.small_linear(read(x), ldx, T, read(weight), ldw, read(bias), K, n0, n1, data<void>(y),
+                         N);
   });
   return y;
 }
@@ -255,7 +254,8 @@ STABLE_TORCH_LIBRARY_IMPL(moelora_ops, CPU, m) {
   m.impl("small_linear", TORCH_BOX(&small_linear));
 }
 
-// An empty Python module, so that `import moelora_ops._C` loads the library; no other Python symbol is used.
+// An empty Python module, so that `import moelora_ops._C` loads the library; no other Python symbol
+// is used.
 #include <Python.h>
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {

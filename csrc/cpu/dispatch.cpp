@@ -1,5 +1,5 @@
-// Which ISA level runs: the best one that this processor has, or the one named by MOELORA_CPU_ISA.  Compiled with
-// baseline flags only: nothing here may need more than any processor has.
+// Which ISA level runs: the best one that this processor has, or the one named by MOELORA_CPU_ISA.
+// Compiled with baseline flags only: nothing here may need more than any processor has.
 
 #include <cstdio>
 #include <cstdlib>
@@ -9,8 +9,8 @@
 
 namespace moelora {
 
-#define MOELORA_DECLARE(level) \
-  namespace level {            \
+#define MOELORA_DECLARE(level)     \
+  namespace level {                \
   extern const Kernels kTables[4]; \
   }
 #ifdef MOELORA_X86_LEVELS

@@ -7,7 +7,8 @@
 namespace moelora {
 namespace MOELORA_LEVEL {
 
-// keep[i] = ~0 where feature 8 * group + i of this token and expert is kept, else 0, for 8 * kGroups features.
+// keep[i] = ~0 where feature 8 * group + i of this token and expert is kept, else 0, for 8 *
+// kGroups features.
 template <int kGroups>
 MOELORA_INLINE void keep_words(const Dropout& d, uint32_t group, int64_t token, uint32_t expert,
                                uint16_t* keep) {

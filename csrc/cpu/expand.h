@@ -1,6 +1,7 @@
-// Expand: y[t] (+)= Σ_j h[t, j] row_j, vectors along the output columns, one panel of stacked rows per column
-// block.  Sparse: each token names its entries.  Dense: all entries, several tokens per tile.  Either way a token
-// sums its entries in an order of its own, so its bits do not depend on the tile.
+// Expand: y[t] (+)= Σ_j h[t, j] row_j, vectors along the output columns, one panel of stacked rows
+// per column block.  Sparse: each token names its entries.  Dense: all entries, several tokens per
+// tile.  Either way a token sums its entries in an order of its own, so its bits do not depend on
+// the tile.
 #pragma once
 
 #include <algorithm>
@@ -47,7 +48,8 @@ typename P::element* fill_panel(const RowTable<T>& table, int64_t c, int64_t col
   return panel;
 }
 
-// Runs `tile(start, ldi, y, ldy)` on a whole column block; a narrower last block goes through a padded copy.
+// Runs `tile(start, ldi, y, ldy)` on a whole column block; a narrower last block goes through a
+// padded copy.
 template <class P, class T, class Tile>
 MOELORA_INLINE void on_whole_block(const Output<T>& out, int64_t t, int tokens, int64_t c,
                                    int64_t columns, const Tile& tile) {
@@ -71,8 +73,8 @@ MOELORA_INLINE void on_whole_block(const Output<T>& out, int64_t t, int tokens, 
 //   word  [t1 - t0, per_token] coefficients
 template <class T>
 void expand_sparse(const RowTable<T>& table, int64_t t0, int64_t t1, int64_t c0, int64_t c1,
-                   int per_token, const int32_t* entry,
-                   const typename PanelOf<T>::type::word* word, const Output<T>& out) {
+                   int per_token, const int32_t* entry, const typename PanelOf<T>::type::word* word,
+                   const Output<T>& out) {
   using P = typename PanelOf<T>::type;
   constexpr int kAhead = 4;  // tokens whose output is on its way while this one computes
   for (int64_t c = c0; c < c1; c += P::kColumns) {
@@ -82,7 +84,8 @@ void expand_sparse(const RowTable<T>& table, int64_t t0, int64_t t1, int64_t c0,
       if (t + kAhead < t1) out.fetch(t + kAhead, c, columns);
       const int64_t q = (t - t0) * per_token;
       on_whole_block<P>(out, t, 1, c, columns, [&](const T* start, int64_t ldi, T* y, int64_t ldy) {
-        P::template tile<1, P::kVectors>(per_token, entry + q, word + q, 0, panel, start, ldi, y, ldy);
+        P::template tile<1, P::kVectors>(per_token, entry + q, word + q, 0, panel, start, ldi, y,
+                                         ldy);
       });
     }
   }
@@ -105,24 +108,25 @@ void expand_dense(const RowTable<T>& table, int64_t t0, int64_t t1, int64_t c0, 
       const auto* h = word + (t - t0) * n;
       for (int64_t next = t + tokens; next < std::min(t1, t + 2 * tokens); ++next)
         out.fetch(next, c, columns);
-      on_whole_block<P>(out, t, tokens, c, columns,
-                        [&](const T* start, int64_t ldi, T* y, int64_t ldy) {
-        for (int v = 0; v < P::kVectors; v += kWidth) {
-          const auto* part = panel + P::group(v);
-          const T* from = start ? start + v * kGroupColumns : nullptr;
-          T* to = y + v * kGroupColumns;
-          if (tokens == kTokens)
-            P::template tile<kTokens, kWidth>(n, nullptr, h, n, part, from, ldi, to, ldy);
-          else
-            P::template tile<1, kWidth>(n, nullptr, h, n, part, from, ldi, to, ldy);
-        }
-      });
+      on_whole_block<P>(
+          out, t, tokens, c, columns, [&](const T* start, int64_t ldi, T* y, int64_t ldy) {
+            for (int v = 0; v < P::kVectors; v += kWidth) {
+              const auto* part = panel + P::group(v);
+              const T* from = start ? start + v * kGroupColumns : nullptr;
+              T* to = y + v * kGroupColumns;
+              if (tokens == kTokens)
+                P::template tile<kTokens, kWidth>(n, nullptr, h, n, part, from, ldi, to, ldy);
+              else
+                P::template tile<1, kWidth>(n, nullptr, h, n, part, from, ldi, to, ldy);
+            }
+          });
       t += tokens;
     }
   }
 }
 
-// Sparse, each token's entries in `segments` equal parts, part g under the mask of expert mask_expert[t, g].
+// Sparse, each token's entries in `segments` equal parts, part g under the mask of expert
+// mask_expert[t, g].
 template <class T>
 void expand_masked(const RowTable<T>& table, int64_t t0, int64_t t1, int64_t c0, int64_t c1,
                    int segments, int per_segment, const int32_t* entry, const acc_t<T>* word,

@@ -1,8 +1,9 @@
-// The CPU kernels as the bindings see them: plain structs of pointers and a table of functions per element type
-// and ISA level.  No tensor type appears on either side of it.
+// The CPU kernels as the bindings see them: plain structs of pointers and a table of functions per
+// element type and ISA level.  No tensor type appears on either side of it.
 //
-// Letters: T tokens, K in_features, N out_features, E experts, r rank, k top-k; rows = k (grouped) or E (stacked)
-// is how many experts of a token have a hidden.  Strides count elements; last dimensions are contiguous.
+// Letters: T tokens, K in_features, N out_features, E experts, r rank, k top-k; rows = k (grouped)
+// or E (stacked) is how many experts of a token have a hidden.  Strides count elements; last
+// dimensions are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@ namespace moelora {
 
 enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-// What both directions share.  void* is the element type, A its accumulator (float, or double for double).
+// What both directions share.  void* is the element type, A its accumulator (float, or double for
+// double).
 struct Topk {
   int64_t T, K, N;
   int E, r, k;
@@ -34,14 +36,15 @@ struct Topk {
   int rows() const { return stacked ? E : k; }
 };
 
-// Tokens whose probabilities are summed into one row of prob_partials, whatever the number of threads.
+// Tokens whose probabilities are summed into one row of prob_partials, whatever the number of
+// threads.
 constexpr int64_t kTokenUnit = 16;
 // Tokens that share one pass over the weights in the token phase.
 constexpr int64_t kTokenBlock = 64;
 
 struct TopkForward : Topk {
-  const void* bias;     // [N] or null
-  void* y;              // [T, N], ldy
+  const void* bias;  // [N] or null
+  void* y;           // [T, N], ldy
   int64_t ldy;
   void* prob_partials;  // A [ceil(T / kTokenUnit), E]
 };
@@ -55,27 +58,30 @@ struct TopkBackward : Topk {
   void* dlora_down;  // like the parameters, or all null if not wanted
   void* dlora_up;
   void* drouter;
-  void* dhidden;      // A workspace [T, rows * (r + 1)]: dH, and in slot r the router's share if it is sparse
-  void* hidden_out;   // A workspace [T, rows * r]: H' = scale w H
-  void* dlogits;      // A workspace [T, E] if dense_router()
+  void* dhidden;  // A workspace [T, rows * (r + 1)]: dH, and in slot r the router's share if it is
+                  // sparse
+  void* hidden_out;  // A workspace [T, rows * r]: H' = scale w H
+  void* dlogits;     // A workspace [T, E] if dense_router()
 
   // The router's gradient touches every expert, not only the selected ones.
   bool dense_router() const { return !renormalize || dprob_sums || dropout || stacked; }
 };
 
 struct Kernels {
-  // Forward, token phase: logits, routing and hidden of tokens [t0, t1), t0 a multiple of kTokenUnit.
+  // Forward, token phase: logits, routing and hidden of tokens [t0, t1), t0 a multiple of
+  // kTokenUnit.
   void (*topk_tokens)(const TopkForward&, int64_t t0, int64_t t1);
   // Forward, expand for tokens [t0, t1) and columns [c0, c1).
   void (*topk_expand)(const TopkForward&, int64_t t0, int64_t t1, int64_t c0, int64_t c1);
-  // The token phase for a handful of tokens, split so that threads share one token: logits of experts [e0, e1);
-  // routing of all tokens; then units of hidden, topk_hidden_units() in all.
+  // The token phase for a handful of tokens, split so that threads share one token: logits of
+  // experts [e0, e1); routing of all tokens; then units of hidden, topk_hidden_units() in all.
   void (*topk_logits)(const TopkForward&, int64_t e0, int64_t e1);
   void (*topk_route)(const TopkForward&, int64_t t0, int64_t t1);
   void (*topk_hidden)(const TopkForward&, int64_t u0, int64_t u1);
   // Backward, token phase: dH', the mix backward and dx of tokens [t0, t1).
   void (*topk_backward_tokens)(const TopkBackward&, int64_t t0, int64_t t1);
-  // Backward, column phase: dlora_down and drouter for columns [c0, c1) of K; dlora_up for columns of N.
+  // Backward, column phase: dlora_down and drouter for columns [c0, c1) of K; dlora_up for columns
+  // of N.
   void (*topk_backward_down)(const TopkBackward&, int64_t c0, int64_t c1);
   void (*topk_backward_up)(const TopkBackward&, int64_t c0, int64_t c1);
   // y[t, n0:n1] = x_t weightᵀ + bias.

@@ -1,6 +1,6 @@
-// Outer: out[i, c] = Σ_q coefficient[q][i] v[q][c] over gathered token rows.  Registers hold a tile of output
-// rows by columns over a block of tokens; blocks are summed in order, so the bits depend on the tokens only and
-// not on the threads, which split the columns.
+// Outer: out[i, c] = Σ_q coefficient[q][i] v[q][c] over gathered token rows.  Registers hold a tile
+// of output rows by columns over a block of tokens; blocks are summed in order, so the bits depend
+// on the tokens only and not on the threads, which split the columns.
 #pragma once
 
 #include <type_traits>
@@ -11,7 +11,8 @@
 namespace moelora {
 namespace MOELORA_LEVEL {
 
-// Two registers of columns by up to nine output rows (an expert of rank 8 and its router row) or six.
+// Two registers of columns by up to nine output rows (an expert of rank 8 and its router row) or
+// six.
 constexpr int kOuterRows = kRegisters == 32 ? 9 : 6;
 
 // How token rows and their coefficients enter the tile.
@@ -91,7 +92,8 @@ struct OuterTile<BFloat16> {
       }
     }
     // Column 8 L + j came out of unpacking as lane 4 L + j of low (j < 4) or 4 L + j - 4 of high.
-    const __m512i to_low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i to_low =
+        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i to_high =
         _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     MOELORA_UNROLL
@@ -116,7 +118,8 @@ MOELORA_INLINE void outer_tile(int rows, int64_t steps, const T* const* v,
     outer_tile<T, kRows - 1>(rows, steps, v, h, c, out, ldo);
 }
 
-// out[i, c - c0] += Σ_q coefficient[q][i] v[q][c], i < rows, c in [c0, c1), for one block of n gathered rows.
+// out[i, c - c0] += Σ_q coefficient[q][i] v[q][c], i < rows, c in [c0, c1), for one block of n
+// gathered rows.
 //   v           pointers to n rows; room for one more
 //   coefficient pointers to n arrays of `rows` values
 //   out         [rows, c1 - c0], ldo elements between rows
@@ -156,8 +159,7 @@ void outer(int64_t n, const T** v, const acc_t<T>* const* coefficient, int rows,
       alignas(64) A tail[kOuterRows * O::kColumns] = {};
       outer_tile<T>(count, steps, padded, h, 0, tail, O::kColumns);
       for (int i = 0; i < count; ++i)
-        for (int64_t j = 0; j < left; ++j)
-          o[i * ldo + whole - c0 + j] += tail[i * O::kColumns + j];
+        for (int64_t j = 0; j < left; ++j) o[i * ldo + whole - c0 + j] += tail[i * O::kColumns + j];
     }
     first += count;
   }

@@ -1,6 +1,6 @@
-// Panels: one column block of stacked rows, copied so that it is contiguous in L1, and the register tiles that
-// multiply it.  Rows in place sit at a power-of-two pitch and all fall into the same L1 sets: the copy makes
-// expand 2.5 times faster and costs a few microseconds.
+// Panels: one column block of stacked rows, copied so that it is contiguous in L1, and the register
+// tiles that multiply it.  Rows in place sit at a power-of-two pitch and all fall into the same L1
+// sets: the copy makes expand 2.5 times faster and costs a few microseconds.
 #pragma once
 
 #include "cpu/vec.h"
@@ -33,7 +33,8 @@ struct WidePanel {
   // Coefficients h[0..n) of one expert's rows as words.
   static MOELORA_INLINE void pack(const A* h, int n, word* out) { memcpy(out, h, n * sizeof(A)); }
 
-  // y[i, v] = init[i, v] + Σ_p h[i, p] panel[entry[p], v] for kTokens tokens and kVectors registers of columns.
+  // y[i, v] = init[i, v] + Σ_p h[i, p] panel[entry[p], v] for kTokens tokens and kVectors registers
+  // of columns.
   //   init  where the sums start: y itself to accumulate, a bias (ldi = 0), or null for zero
   //   entry which panel entries; null means 0..n in order
   template <int kTokens, int kWidth>
@@ -41,34 +42,36 @@ struct WidePanel {
                                   const A* panel, const T* init, int64_t ldi, T* y, int64_t ldy) {
     vec<A> sums[kTokens][kWidth];
     MOELORA_UNROLL
-    for (int i = 0; i < kTokens; ++i)
-      MOELORA_UNROLL
+    for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
       for (int v = 0; v < kWidth; ++v)
         sums[i][v] = init ? load(init + i * ldi + v * kLanes<A>) : vec<A>{};
     for (int p = 0; p < n; ++p) {
       const A* row = panel + static_cast<int64_t>(entry ? entry[p] : p) * kEntry;
       MOELORA_UNROLL
       for (int v = 0; v < kWidth; ++v) {
-        const vec<A> r = kTokens > 1 ? in_register(load(row + v * kLanes<A>)) : load(row + v * kLanes<A>);
+        const vec<A> r =
+            kTokens > 1 ? in_register(load(row + v * kLanes<A>)) : load(row + v * kLanes<A>);
         MOELORA_UNROLL
-        for (int i = 0; i < kTokens; ++i) sums[i][v] = sums[i][v] + splat(h[i * ldh + p]) * r;
+        for (int i = 0; i < kTokens; ++i)
+          sums[i][v] = sums[i][v] + splat(h[i * ldh + p]) * r;
       }
     }
     MOELORA_UNROLL
-    for (int i = 0; i < kTokens; ++i)
-      MOELORA_UNROLL
+    for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
       for (int v = 0; v < kWidth; ++v) store(y + i * ldy + v * kLanes<A>, sums[i][v]);
   }
   // Offset of a register column group inside an entry.
   static constexpr int64_t group(int vector) { return vector * kLanes<A>; }
 
-  // One token whose rows come in `segments` of n entries, each multiplied by a mask before it joins:
+  // One token whose rows come in `segments` of n entries, each multiplied by a mask before it
+  // joins:
   //   y = init + Σ_g mask[g] ⊙ Σ_p h[g, p] panel[entry[g, p]]
   static MOELORA_INLINE void masked_tile(int segments, int n, const int32_t* entry, const word* h,
                                          const A* panel, const A* mask, const T* init, T* y) {
     vec<A> sums[kVectors];
     MOELORA_UNROLL
-    for (int v = 0; v < kVectors; ++v) sums[v] = init ? load(init + group(v)) : vec<A>{};
+    for (int v = 0; v < kVectors; ++v)
+      sums[v] = init ? load(init + group(v)) : vec<A>{};
     for (int g = 0; g < segments; ++g, entry += n, h += n, mask += kColumns) {
       vec<A> part[kVectors] = {};
       for (int p = 0; p < n; ++p) {
@@ -78,10 +81,12 @@ struct WidePanel {
           part[v] = part[v] + splat(h[p]) * load(row + group(v));
       }
       MOELORA_UNROLL
-      for (int v = 0; v < kVectors; ++v) sums[v] = sums[v] + part[v] * load(mask + group(v));
+      for (int v = 0; v < kVectors; ++v)
+        sums[v] = sums[v] + part[v] * load(mask + group(v));
     }
     MOELORA_UNROLL
-    for (int v = 0; v < kVectors; ++v) store(y + group(v), sums[v]);
+    for (int v = 0; v < kVectors; ++v)
+      store(y + group(v), sums[v]);
   }
 };
 
@@ -91,25 +96,25 @@ struct PanelOf {
 };
 
 #if defined(__AVX512BF16__)
-// What unpacking a bf16 register leaves: 32 columns come out as two registers in the order of unpacklo/hi, and
-// this permutation puts the converted pair back in place.
+// What unpacking a bf16 register leaves: 32 columns come out as two registers in the order of
+// unpacklo/hi, and this permutation puts the converted pair back in place.
 MOELORA_INLINE __m512i natural_order() {
-  alignas(64) static const uint16_t index[32] = {
-      0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
-      8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
+  alignas(64) static const uint16_t index[32] = {0,  1,  2,  3,  16, 17, 18, 19, 4,  5,  6,
+                                                 7,  20, 21, 22, 23, 8,  9,  10, 11, 24, 25,
+                                                 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
   return _mm512_load_si512(index);
 }
 MOELORA_INLINE void store_unpacked(BFloat16* p, __m512 low, __m512 high) {
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(natural_order(),
-                                                  (__m512i)_mm512_cvtne2ps_pbh(high, low)));
+  _mm512_storeu_si512(
+      p, _mm512_permutexvar_epi16(natural_order(), (__m512i)_mm512_cvtne2ps_pbh(high, low)));
 }
 MOELORA_INLINE uint32_t pack_pair(float low, float high) {
   return from_acc<BFloat16>(low).bits |
          (static_cast<uint32_t>(from_acc<BFloat16>(high).bits) << 16);
 }
 
-// Two rows interleaved per entry, for vdpbf16ps; y is unpacked and packed in the same order, so nothing crosses
-// 128-bit lanes in the loop.
+// Two rows interleaved per entry, for vdpbf16ps; y is unpacked and packed in the same order, so
+// nothing crosses 128-bit lanes in the loop.
 struct PairPanel {
   using A = float;
   using word = uint32_t;
@@ -126,10 +131,8 @@ struct PairPanel {
     for (int v = 0; v < kVectors; ++v) {
       const int64_t left = columns - 32 * v;
       const __mmask32 mask = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
-      const __m512i a =
-          rows[0] ? _mm512_maskz_loadu_epi16(mask, rows[0] + c + 32 * v) : __m512i{};
-      const __m512i b =
-          rows[1] ? _mm512_maskz_loadu_epi16(mask, rows[1] + c + 32 * v) : __m512i{};
+      const __m512i a = rows[0] ? _mm512_maskz_loadu_epi16(mask, rows[0] + c + 32 * v) : __m512i{};
+      const __m512i b = rows[1] ? _mm512_maskz_loadu_epi16(mask, rows[1] + c + 32 * v) : __m512i{};
       _mm512_storeu_si512(out + 64 * v, _mm512_unpacklo_epi16(a, b));
       _mm512_storeu_si512(out + 64 * v + 32, _mm512_unpackhi_epi16(a, b));
     }
@@ -154,8 +157,7 @@ struct PairPanel {
     __m512 low[kTokens][kWidth], high[kTokens][kWidth];
     const __m512i zero = _mm512_setzero_si512();
     MOELORA_UNROLL
-    for (int i = 0; i < kTokens; ++i)
-      MOELORA_UNROLL
+    for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
       for (int v = 0; v < kWidth; ++v) {
         const __m512i q = init ? _mm512_loadu_si512(init + i * ldi + 32 * v) : zero;
         low[i][v] = (__m512)_mm512_unpacklo_epi16(zero, q);
@@ -177,10 +179,8 @@ struct PairPanel {
       }
     }
     MOELORA_UNROLL
-    for (int i = 0; i < kTokens; ++i)
-      MOELORA_UNROLL
-      for (int v = 0; v < kWidth; ++v)
-        store_unpacked(y + i * ldy + 32 * v, low[i][v], high[i][v]);
+    for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
+      for (int v = 0; v < kWidth; ++v) store_unpacked(y + i * ldy + 32 * v, low[i][v], high[i][v]);
   }
 };
 

@@ -7,7 +7,8 @@
 
 namespace moelora {
 
-// A cache-line aligned array of at least n elements; its contents last until the next take() on this object.
+// A cache-line aligned array of at least n elements; its contents last until the next take() on
+// this object.
 template <class T>
 class Scratch {
  public:

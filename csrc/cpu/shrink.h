@@ -1,6 +1,6 @@
-// Shrink: out[t, j] = <x_t, w_j> for a few skinny rows w.  Dot form: both operands are contiguous along K, one
-// register accumulates each (token, row) pair over the whole of K, lanes are summed once at the end.  Nothing
-// is packed.  Every pair is summed in an order that depends on K only.
+// Shrink: out[t, j] = <x_t, w_j> for a few skinny rows w.  Dot form: both operands are contiguous
+// along K, one register accumulates each (token, row) pair over the whole of K, lanes are summed
+// once at the end.  Nothing is packed.  Every pair is summed in an order that depends on K only.
 #pragma once
 
 #include "cpu/vec.h"
@@ -16,7 +16,8 @@ MOELORA_INLINE void dot_tile(const T* const* x, const T* w, int64_t ldw, int64_t
   vec<A> sums[kTokens][kRows] = {};
   const T* rows[kTokens];
   MOELORA_UNROLL
-  for (int i = 0; i < kTokens; ++i) rows[i] = x[i];
+  for (int i = 0; i < kTokens; ++i)
+    rows[i] = x[i];
   // Two bases keep the eight row addresses within what an addressing mode can scale.
   const T* upper = w + 4 * ldw;
   auto row = [&](int j) { return j < 4 ? w + j * ldw : upper + (j - 4) * ldw; };
@@ -25,27 +26,32 @@ MOELORA_INLINE void dot_tile(const T* const* x, const T* w, int64_t ldw, int64_t
   for (; c + D::kStep <= K; c += D::kStep) {
     typename D::operand xs[kTokens];
     MOELORA_UNROLL
-    for (int i = 0; i < kTokens; ++i) xs[i] = D::load_step(rows[i] + c);
+    for (int i = 0; i < kTokens; ++i)
+      xs[i] = D::load_step(rows[i] + c);
     MOELORA_UNROLL
     for (int j = 0; j < kRows; ++j) {
       const auto ws = in_register(D::load_step(row(j) + c));
       MOELORA_UNROLL
-      for (int i = 0; i < kTokens; ++i) sums[i][j] = D::multiply_add(sums[i][j], xs[i], ws);
+      for (int i = 0; i < kTokens; ++i)
+        sums[i][j] = D::multiply_add(sums[i][j], xs[i], ws);
     }
   }
   if (c < K) {
     typename D::operand xs[kTokens];
     MOELORA_UNROLL
-    for (int i = 0; i < kTokens; ++i) xs[i] = D::load_tail(rows[i] + c, K - c);
+    for (int i = 0; i < kTokens; ++i)
+      xs[i] = D::load_tail(rows[i] + c, K - c);
     MOELORA_UNROLL
     for (int j = 0; j < kRows; ++j) {
       const auto ws = D::load_tail(row(j) + c, K - c);
       MOELORA_UNROLL
-      for (int i = 0; i < kTokens; ++i) sums[i][j] = D::multiply_add(sums[i][j], xs[i], ws);
+      for (int i = 0; i < kTokens; ++i)
+        sums[i][j] = D::multiply_add(sums[i][j], xs[i], ws);
     }
   }
   MOELORA_UNROLL
-  for (int i = 0; i < kTokens; ++i) lane_sums<kRows, A>(sums[i], out + i * ldo);
+  for (int i = 0; i < kTokens; ++i)
+    lane_sums<kRows, A>(sums[i], out + i * ldo);
 }
 
 // Tokens per tile: three tokens of eight rows fill 24 of 32 registers, three of four 12 of 16.
@@ -85,8 +91,8 @@ void shrink(int64_t n, const T* const* x, const T* w, int64_t ldw, int64_t rows,
   }
 }
 
-// y[t, n] = <x_t, weight_n> + bias_n for a handful of tokens and output features [n0, n1): a linear whose time is
-// that of reading the weight once.
+// y[t, n] = <x_t, weight_n> + bias_n for a handful of tokens and output features [n0, n1): a linear
+// whose time is that of reading the weight once.
 template <class T>
 void small_linear(const T* x, int64_t ldx, int64_t tokens, const T* weight, int64_t ldw,
                   const T* bias, int64_t K, int64_t n0, int64_t n1, T* y, int64_t ldy) {

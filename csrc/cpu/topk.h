@@ -1,6 +1,6 @@
 // The topk mixture on the CPU: shrink -> mix -> expand over blocks of tokens, and its backward.
-// Grouped: within a block, (token, slot) pairs are sorted by expert and each expert's rows meet only its tokens.
-// Stacked: every expert is computed, weights of the unselected are exact zeros.
+// Grouped: within a block, (token, slot) pairs are sorted by expert and each expert's rows meet
+// only its tokens. Stacked: every expert is computed, weights of the unselected are exact zeros.
 #pragma once
 
 #include <algorithm>
@@ -43,14 +43,16 @@ class TopkKernels {
   static A* acc(void* p) { return static_cast<A*>(p); }
   static const A* acc(const void* p) { return static_cast<const A*>(p); }
 
-  // Tokens per pass of expand: long enough that filling the panel is lost in the noise, short enough that their
-  // coefficients stay in L2.
+  // Tokens per pass of expand: long enough that filling the panel is lost in the noise, short
+  // enough that their coefficients stay in L2.
   static constexpr int64_t kExpandTokens = 512;
 
-  // Coefficients per (token, slot) in dhidden: the expert's rows, and the router's row if its gradient is sparse.
+  // Coefficients per (token, slot) in dhidden: the expert's rows, and the router's row if its
+  // gradient is sparse.
   static int per_slot(const TopkBackward& p) { return p.r + (p.dense_router() ? 0 : 1); }
 
-  // ---------------------------------------------------------------- shrink against the experts' rows
+  // ---------------------------------------------------------------- shrink against the experts'
+  // rows
 
   // out[t, slot or expert, j] = <dropout(v_t), rows of the expert> for tokens [t0, t1).
   //   v       [T, C], ldv
@@ -114,8 +116,8 @@ class TopkKernels {
 
   // ---------------------------------------------------------------- expand of the experts' rows
 
-  // Which experts a token range touches and their rows as a panel table: per expert r rows of `rows`, then its
-  // row of `extra` if given, padded to whole entries.
+  // Which experts a token range touches and their rows as a panel table: per expert r rows of
+  // `rows`, then its row of `extra` if given, padded to whole entries.
   struct Experts {
     std::vector<const T*> rows;
     std::vector<int32_t> position;  // of expert e in the table, in units of `entries`; -1 if absent
@@ -144,7 +146,8 @@ class TopkKernels {
     }
   }
 
-  // out[t] (+)= Σ_slots Σ_j h[t, slot, j] row_j of the slot's expert, for tokens [t0, t1), at most kExpandTokens.
+  // out[t] (+)= Σ_slots Σ_j h[t, slot, j] row_j of the slot's expert, for tokens [t0, t1), at most
+  // kExpandTokens.
   //   h      [t1 - t0, rows() * per_slot], per_slot = r (+ 1 with `extra`)
   //   extra  [E, C] or null: one more row per expert
   //   masked the result passes the dropout mask before it is added
@@ -194,11 +197,12 @@ class TopkKernels {
         if (p.dropout_per_expert) mask_expert[(t - t0) * segments + s] = e;
       }
     const RowTable<T> table = {experts.rows.data(), static_cast<int64_t>(experts.rows.size())};
-    expand_masked<T>(table, t0, t1, c0, c1, segments, slots * p.r / segments, entry.data(),
-                     h, *p.dropout, mask_expert.data(), out);
+    expand_masked<T>(table, t0, t1, c0, c1, segments, slots * p.r / segments, entry.data(), h,
+                     *p.dropout, mask_expert.data(), out);
   }
 
-  // out[t] += Σ_e h[t - t0, e] row_e over all E rows (the router, when every expert has a gradient).
+  // out[t] += Σ_e h[t - t0, e] row_e over all E rows (the router, when every expert has a
+  // gradient).
   static void expand_rows(int64_t t0, int64_t t1, int E, const T* rows, int64_t C, const A* h,
                           const Output<T>& out) {
     static thread_local std::vector<const T*> table;
@@ -208,13 +212,15 @@ class TopkKernels {
     while (table.size() % P::kRowsPerEntry) table.push_back(nullptr);
     const int64_t entries = static_cast<int64_t>(table.size()) / P::kRowsPerEntry;
     words.resize((t1 - t0) * entries);
-    for (int64_t t = t0; t < t1; ++t) P::pack(h + (t - t0) * E, E, words.data() + (t - t0) * entries);
+    for (int64_t t = t0; t < t1; ++t)
+      P::pack(h + (t - t0) * E, E, words.data() + (t - t0) * entries);
     expand_dense<T>({table.data(), entries}, t0, t1, 0, C, words.data(), out);
   }
 
   // ---------------------------------------------------------------- the mix of one token
 
-  // out = scale w H, [rows() * r]; exact zeros for the unselected of the stacked layout, whatever their hidden.
+  // out = scale w H, [rows() * r]; exact zeros for the unselected of the stacked layout, whatever
+  // their hidden.
   static void gate_hidden(const Topk& p, int64_t t, A* out) {
     const A scale = static_cast<A>(p.scale);
     const A* hidden = acc(p.hidden) + t * p.rows() * p.r;
@@ -226,7 +232,8 @@ class TopkKernels {
     }
   }
 
-  // From dH' of one token to what the expands and outer products take: dhidden, hidden_out and dlogits.
+  // From dH' of one token to what the expands and outer products take: dhidden, hidden_out and
+  // dlogits.
   static void mix_backward(const TopkBackward& p, int64_t t, const A* dhidden_out) {
     static thread_local std::vector<A> scratch;
     scratch.resize(2 * p.k + 2 * p.E);
@@ -271,7 +278,8 @@ class TopkKernels {
 
   // ---------------------------------------------------------------- outer products with token rows
 
-  // Where a row of a weight gradient is summed: the gradient itself, or an accumulator that is rounded to it.
+  // Where a row of a weight gradient is summed: the gradient itself, or an accumulator that is
+  // rounded to it.
   template <class Fill>
   static void accumulate_rows(int64_t rows, int64_t c0, int64_t c1, const Fill& fill,
                               T* const* destination) {
@@ -395,7 +403,8 @@ class TopkKernels {
   static void logits(const TopkForward& p, int64_t e0, int64_t e1) {
     std::vector<const T*> rows(p.T);
     for (int64_t t = 0; t < p.T; ++t) rows[t] = in(p.x) + t * p.ldx;
-    shrink<T>(p.T, rows.data(), in(p.router) + e0 * p.K, p.K, e1 - e0, p.K, acc(p.logits) + e0, p.E);
+    shrink<T>(p.T, rows.data(), in(p.router) + e0 * p.K, p.K, e1 - e0, p.K, acc(p.logits) + e0,
+              p.E);
   }
 
   static void hidden(const TopkForward& p, int64_t u0, int64_t u1) {

@@ -1,5 +1,6 @@
-// The vector vocabulary of the CPU kernels.  One source, compiled once per ISA level (see level.cpp): register
-// width and the few intrinsics follow the compiler's target macros; all else is GCC/Clang vector extensions.
+// The vector vocabulary of the CPU kernels.  One source, compiled once per ISA level (see
+// level.cpp): register width and the few intrinsics follow the compiler's target macros; all else
+// is GCC/Clang vector extensions.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +45,8 @@ MOELORA_INLINE vec<A> splat(A v) {
   return v - vec<A>{};  // not 0 + v: that would turn -0 into +0
 }
 
-// Makes the compiler load v once.  GCC folds a load into each of its uses, and three loads of a weight instead of
-// one make the load ports the bottleneck of a dot tile.
+// Makes the compiler load v once.  GCC folds a load into each of its uses, and three loads of a
+// weight instead of one make the load ports the bottleneck of a dot tile.
 template <class V>
 MOELORA_INLINE V in_register(V v) {
 #if defined(__AVX512F__)
@@ -153,8 +154,8 @@ MOELORA_INLINE vec<double> add_pairs(vec<double> a, vec<double> b) {
 #endif
 }
 
-// out[i] = sum of the lanes of v[i].  Each sum is the same tree over its own lanes whatever n is, so that a
-// token's bits do not depend on the tile it was computed in.
+// out[i] = sum of the lanes of v[i].  Each sum is the same tree over its own lanes whatever n is,
+// so that a token's bits do not depend on the tile it was computed in.
 template <int n, class A>
 MOELORA_INLINE void lane_sums(const vec<A>* v, A* out) {
   if constexpr (n > kLanes<A>) {
@@ -164,16 +165,20 @@ MOELORA_INLINE void lane_sums(const vec<A>* v, A* out) {
     constexpr int kPadded = n > 8 ? 16 : n > 4 ? 8 : n > 2 ? 4 : n;
     vec<A> t[kPadded];
     MOELORA_UNROLL
-    for (int i = 0; i < kPadded; ++i) t[i] = i < n ? v[i] : vec<A>{};
+    for (int i = 0; i < kPadded; ++i)
+      t[i] = i < n ? v[i] : vec<A>{};
     MOELORA_UNROLL
     for (int m = kPadded; m > 1; m /= 2) {
       MOELORA_UNROLL
-      for (int i = 0; i < m / 2; ++i) t[i] = add_pairs(t[2 * i], t[2 * i + 1]);
+      for (int i = 0; i < m / 2; ++i)
+        t[i] = add_pairs(t[2 * i], t[2 * i + 1]);
     }
     MOELORA_UNROLL
-    for (int width = kLanes<A> / kPadded; width > 1; width /= 2) t[0] = add_pairs(t[0], t[0]);
+    for (int width = kLanes<A> / kPadded; width > 1; width /= 2)
+      t[0] = add_pairs(t[0], t[0]);
     MOELORA_UNROLL
-    for (int i = 0; i < n; ++i) out[i] = t[0][i];
+    for (int i = 0; i < n; ++i)
+      out[i] = t[0][i];
   }
 }
 

@@ -1,7 +1,7 @@
 // Counter-based dropout masks: Philox4x32-10 (Salmon et al., SC 2011).
 //
-// The layout of the counter is defined by moelora_ops/reference/philox.py: feature i of token t under expert e
-// reads the low (i even) or high (i odd) 16 bits of word (i % 8) / 2 of
+// The layout of the counter is defined by moelora_ops/reference/philox.py: feature i of token t
+// under expert e reads the low (i even) or high (i odd) 16 bits of word (i % 8) / 2 of
 //     philox4x32_10(key = (seed low, seed high), counter = (i / 8, t low, e, t high)).
 #pragma once
 
@@ -23,8 +23,8 @@ inline Dropout make_dropout(int64_t seed, double p) {
           static_cast<uint32_t>(p * 65536 + 0.5), 1 / (1 - p)};
 }
 
-// Ten rounds on `kLanes` counters that differ in their first word: c0[l] = group + l.  The lane loops are what
-// compilers vectorise on the CPU; a CUDA thread takes kLanes = 1.
+// Ten rounds on `kLanes` counters that differ in their first word: c0[l] = group + l.  The lane
+// loops are what compilers vectorise on the CPU; a CUDA thread takes kLanes = 1.
 template <int kLanes>
 MOELORA_HD void philox_words(const Dropout& d, uint32_t group, uint64_t token, uint32_t expert,
                              uint32_t words[4][kLanes]) {

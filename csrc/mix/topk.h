@@ -10,8 +10,8 @@
 
 namespace moelora {
 
-// Integers in the order of the floats, so that a comparison cannot be defeated by NaN: NaN ranks highest, as in
-// torch.topk, and -0 equals +0.
+// Integers in the order of the floats, so that a comparison cannot be defeated by NaN: NaN ranks
+// highest, as in torch.topk, and -0 equals +0.
 MOELORA_HD int32_t order_key(float v) {
   if (v != v) return INT32_MAX;
   v += 0.0f;
@@ -36,8 +36,9 @@ MOELORA_HD int64_t order_key(double v) {
 template <class A>
 MOELORA_HD void topk_forward_row(const A* logits, int E, int k, bool renormalize, int32_t* selected,
                                  A* weights, A* probs) {
-  // One pass with an insertion into the sorted choices: most logits cost one comparison.  Comparing is strict, so
-  // equal keys keep the lower index, and it is on integers, so NaN cannot select a column that does not exist.
+  // One pass with an insertion into the sorted choices: most logits cost one comparison.  Comparing
+  // is strict, so equal keys keep the lower index, and it is on integers, so NaN cannot select a
+  // column that does not exist.
   auto smallest = order_key(A(0));
   for (int e = 0; e < E; ++e) {
     const auto key = order_key(logits[e]);
