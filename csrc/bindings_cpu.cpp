@@ -15,6 +15,7 @@
 #include <tuple>
 
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace {
 
@@ -138,12 +139,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_forward(
   Tensor weights = empty(x, {p.T, p.k}, wide);
   Tensor counts = empty(x, {p.E}, ScalarType::Long);
   Tensor prob_sums = empty(x, {p.E}, wide);
-  Tensor partials = empty(x, {(p.T + moelora::kTokenUnit - 1) / moelora::kTokenUnit, p.E}, wide);
+  static thread_local moelora::Scratch<double> partials;
   p.hidden = data<void>(hidden);
   p.logits = data<void>(logits);
   p.selected = data<int32_t>(selected);
   p.weights = data<void>(weights);
-  p.prob_partials = data<void>(partials);
+  p.prob_partials = partials.take((p.T + moelora::kTokenUnit - 1) / moelora::kTokenUnit * p.E + 1);
 
   const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
   if (p.T >= kSmallT || p.dropout) {

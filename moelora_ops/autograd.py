@@ -12,53 +12,59 @@ from torch.autograd.function import once_differentiable
 from . import ops
 
 
-class TopkMixture(torch.autograd.Function):
-    """Frozen linear plus top-k mixture.
+def topk_mixture(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_output: Tensor | None,
+    lora_down: Tensor,
+    lora_up: Tensor,
+    router: Tensor,
+    seed: Tensor | None,
+    top_k: int,
+    scale: float,
+    renormalize: bool,
+    dropout: float,
+    dropout_per_expert: bool,
+    stacked: bool,
+    expand_first: bool,
+    small_base: bool,
+) -> tuple[Tensor, ...]:
+    """Frozen linear plus top-k mixture, forward: y and the outputs of ``ops.topk_forward``."""
+    expand_first = expand_first and base_output is None
+    if base_output is not None:
+        # Never written in place: the module that made it may have saved it for its own backward.
+        y = base_output.clone(memory_format=torch.contiguous_format)
+    elif expand_first:
+        y = x.new_empty(x.shape[0], weight.shape[0])
+    elif small_base:
+        y = ops.small_linear(x, weight, bias)
+    else:
+        y = F.linear(x, weight, bias)
+    routed = ops.topk_forward(
+        x, lora_down, lora_up, router, bias if expand_first else None, seed, y, top_k, scale,
+        renormalize, dropout, dropout_per_expert, not expand_first, stacked,
+    )  # fmt: skip
+    if expand_first:
+        y.addmm_(x, weight.t())
+    return y, *routed
 
-    Saves x, the rank-space hidden, logits and the k choices per token.
+
+class TopkMixture(torch.autograd.Function):
+    """:func:`topk_mixture` with its gradient.
+
+    Saves x, the rank-space hidden, the logits and the k choices per token.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        base_output: Tensor | None,
-        lora_down: Tensor,
-        lora_up: Tensor,
-        router: Tensor,
-        seed: Tensor | None,
-        top_k: int,
-        scale: float,
-        renormalize: bool,
-        dropout: float,
-        dropout_per_expert: bool,
-        stacked: bool,
-        expand_first: bool,
-        small_base: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        expand_first = expand_first and base_output is None
-        if base_output is not None:
-            # Never in place: the module that made it may have saved it for its own backward.
-            y = base_output.clone(memory_format=torch.contiguous_format)
-        elif expand_first:
-            y = x.new_empty(x.shape[0], weight.shape[0])
-        elif small_base:
-            y = ops.small_linear(x, weight, bias)
-        else:
-            y = F.linear(x, weight, bias)
-        hidden, logits, selected, weights, counts, prob_sums = ops.topk_forward(
-            x, lora_down, lora_up, router, bias if expand_first else None, seed, y, top_k, scale,
-            renormalize, dropout, dropout_per_expert, not expand_first, stacked,
-        )  # fmt: skip
-        if expand_first:
-            y.addmm_(x, weight.t())
+    def forward(ctx, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, _, _, lora_down, lora_up, router, seed, _, *scalars = arguments
+        y, hidden, logits, selected, weights, counts, prob_sums = topk_mixture(*arguments)
         ctx.save_for_backward(
             x, weight, lora_down, lora_up, router, seed, hidden, logits, selected, weights
         )
-        ctx.scalars = (scale, renormalize, dropout, dropout_per_expert)
-        ctx.stacked = stacked
+        ctx.scalars = scalars[:4]  # scale, renormalize, dropout, dropout_per_expert
+        ctx.stacked = scalars[4]
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return y, counts, prob_sums
