@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,9 +54,10 @@ SANITIZE = [
 
 
 @pytest.fixture(scope="session")
-def modules(request):
+def modules(request, tmp_path_factory):
     """Path of the built module by level."""
-    compiler = next(filter(shutil.which, [os.environ.get("CXX", "c++").split()[0], "g++"]), None)
+    candidates = filter(None, (os.environ.get("CXX"), "c++", "g++"))  # as setup.py looks
+    compiler = next((c for c in map(shlex.split, candidates) if shutil.which(c[0])), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
     pytest.importorskip("pybind11")
@@ -63,13 +65,14 @@ def modules(request):
         [sys.executable, "-m", "pybind11", "--includes"], check=True, capture_output=True, text=True
     ).stdout.split()
     command = [
-        compiler, "-O1", "-w", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden",
+        *compiler, "-O1", "-w", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden",
         "-ffp-contract=fast", "-D_GLIBCXX_ASSERTIONS", f"-I{ROOT / 'csrc'}", *includes, str(SOURCE),
     ]  # fmt: skip
     read = [SOURCE, *sorted((ROOT / "csrc").rglob("*.h"))]
     key = [repr((command, FLAGS, SANITIZE, sys.version)).encode(), *(p.read_bytes() for p in read)]
     digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
-    folder = request.config.cache.mkdir("raw_kernels")
+    cache = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
+    folder = cache.mkdir("raw_kernels") if cache else tmp_path_factory.mktemp("raw_kernels")
     for old in folder.iterdir():
         if digest not in old.name:
             old.unlink()
@@ -89,6 +92,8 @@ def modules(request):
         running.append((process, target, paths[level]))
     for process, target, path in running:
         errors = process.communicate()[1]
+        if process.returncode and path == paths[SANITIZED] and "ubsan" in errors:
+            continue  # the compiler came without the sanitizer's library
         assert process.returncode == 0, errors
         target.replace(path)
     return paths
@@ -660,6 +665,8 @@ def test_reads_end_where_the_rows_end(modules, levels_here, level):
         pytest.skip(f"this processor lacks {level}")
     sizes = "1,2,5,7,8,9,15,16,17,31,32,33,63,64,65,100,127,128,129,160,191,200"
     path = modules[level]
+    if not path.exists():
+        pytest.skip("the compiler has no undefined-behaviour sanitizer")
     done = subprocess.run(
         [sys.executable, "-c", PAGE_END, path.stem, str(path), sizes],
         capture_output=True, text=True, timeout=300,

@@ -1,8 +1,9 @@
-// The row kernels of csrc on numpy arrays, for tests/test_kernels.py, which builds this file once per ISA level with
-// -DMOELORA_LEVEL=<level> -DMOELORA_MODULE=<name>.  Never part of the wheel: pybind11 has no limited-API mode.
+// The row kernels of csrc on numpy arrays, for tests/test_kernels.py, which builds this file once
+// per ISA level with -DMOELORA_LEVEL=<level> -DMOELORA_MODULE=<name>.  Never part of the wheel:
+// pybind11 has no limited-API mode.
 //
-// bfloat16 and float16 travel as uint16.  Kernels are named <kernel>_<dtype> and write into the given arrays, which
-// may be views with any distance between rows.
+// bfloat16 and float16 travel as uint16.  Kernels are named <kernel>_<dtype> and write into the
+// given arrays, which may be views with any distance between rows.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -85,9 +86,8 @@ Array<Out> each(const py::array& input, const F& f) {
 
 template <class A>
 void bind_rows(py::module_& m, const std::string& name) {
-  m.def(("exp_nonpositive_" + name).c_str(), [](const py::array& x) {
-    return each<A, A>(x, [](A v) { return exp_nonpositive(v); });
-  });
+  m.def(("exp_nonpositive_" + name).c_str(),
+        [](const py::array& x) { return each<A, A>(x, [](A v) { return exp_nonpositive(v); }); });
   m.def(("order_key_" + name).c_str(), [](const py::array& x) {
     return each<decltype(order_key(A())), A>(x, [](A v) { return order_key(v); });
   });
@@ -118,12 +118,11 @@ void bind_rows(py::module_& m, const std::string& name) {
                            dlogits.mutable_data());
     return dlogits;
   });
-  m.def(("softmax_backward_row_" + name).c_str(),
-        [](const py::array& x, const py::array& y, const py::array& z) {
-          const Rows<A> probs(x), dprobs(y), dlogits(z);
-          softmax_backward_row(probs.data, dprobs.data, static_cast<int>(probs.columns),
-                               dlogits.data);
-        });
+  m.def(("softmax_backward_row_" + name).c_str(), [](const py::array& x, const py::array& y,
+                                                     const py::array& z) {
+    const Rows<A> probs(x), dprobs(y), dlogits(z);
+    softmax_backward_row(probs.data, dprobs.data, static_cast<int>(probs.columns), dlogits.data);
+  });
 }
 
 template <int kLanes>
@@ -139,9 +138,8 @@ py::array_t<uint32_t> philox(int64_t seed, uint32_t group, uint64_t token, uint3
 template <class T>
 void bind_conversions(py::module_& m, const std::string& name) {
   constexpr int64_t kWidth = kLanes<float>;
-  m.def(("widen_" + name).c_str(), [](const py::array& x) {
-    return each<float, T>(x, [](T v) { return to_acc(v); });
-  });
+  m.def(("widen_" + name).c_str(),
+        [](const py::array& x) { return each<float, T>(x, [](T v) { return to_acc(v); }); });
   m.def(("narrow_" + name).c_str(), [](const py::array& x) {
     return each<T, float>(x, [](float v) { return from_acc<T>(v); });
   });
@@ -174,8 +172,8 @@ void bind_conversions(py::module_& m, const std::string& name) {
 template <class T>
 Output<T> output(const py::array& y, const py::object& bias, bool accumulate) {
   const Rows<T> to(y);
-  return {to.data, to.stride,
-          bias.is_none() ? nullptr : Rows<T>(bias.cast<py::array>()).data, accumulate};
+  return {to.data, to.stride, bias.is_none() ? nullptr : Rows<T>(bias.cast<py::array>()).data,
+          accumulate};
 }
 
 // Groups of r rows as a table of panel entries, each group padded to whole entries.
@@ -197,12 +195,13 @@ void bind_products(py::module_& m, const std::string& name) {
   using word = typename P::word;
 
   // x [n, K], w [rows, K], out A [n, rows]
-  m.def(("shrink_" + name).c_str(), [](const py::array& x, const py::array& w, const py::array& out) {
-    const Rows<T> v(x), rows(w);
-    const Rows<A> to(out);
-    shrink<T>(v.rows, v.pointers().data(), rows.data, rows.stride, rows.rows, v.columns, to.data,
-              to.stride);
-  });
+  m.def(("shrink_" + name).c_str(),
+        [](const py::array& x, const py::array& w, const py::array& out) {
+          const Rows<T> v(x), rows(w);
+          const Rows<A> to(out);
+          shrink<T>(v.rows, v.pointers().data(), rows.data, rows.stride, rows.rows, v.columns,
+                    to.data, to.stride);
+        });
   // x [tokens, K], weight [N, K], bias [N] or None, y [tokens, N]
   m.def(("small_linear_" + name).c_str(),
         [](const py::array& x, const py::array& weight, const py::object& bias, int64_t n0,
@@ -211,7 +210,8 @@ void bind_products(py::module_& m, const std::string& name) {
           small_linear<T>(v.data, v.stride, v.rows, w.data, w.stride,
                           output<T>(y, bias, false).bias, v.columns, n0, n1, to.data, to.stride);
         });
-  // rows [groups * r, C], chosen int32 [tokens, slots] names groups, h A [tokens, slots * r], y [tokens, C]
+  // rows [groups * r, C], chosen int32 [tokens, slots] names groups, h A [tokens, slots * r], y
+  // [tokens, C]
   m.def(("expand_sparse_" + name).c_str(),
         [](const py::array& matrix, int r, const py::array& groups, const py::array& coefficients,
            int64_t c0, int64_t c1, const py::object& bias, bool accumulate, const py::array& y) {
@@ -226,12 +226,12 @@ void bind_products(py::module_& m, const std::string& name) {
           for (int64_t t = 0; t < h.rows; ++t)
             for (int64_t s = 0; s < chosen.columns; ++s) {
               P::pack(h.row(t) + s * r, r, words.data() + entry.size());
-              for (int i = 0; i < per_group; ++i)
-                entry.push_back(chosen.row(t)[s] * per_group + i);
+              for (int i = 0; i < per_group; ++i) entry.push_back(chosen.row(t)[s] * per_group + i);
             }
-          expand_sparse<T>({pointers.data(), static_cast<int64_t>(pointers.size()) / P::kRowsPerEntry},
-                           0, h.rows, c0, c1, per_token, entry.data(), words.data(),
-                           output<T>(y, bias, accumulate));
+          expand_sparse<T>(
+              {pointers.data(), static_cast<int64_t>(pointers.size()) / P::kRowsPerEntry}, 0,
+              h.rows, c0, c1, per_token, entry.data(), words.data(),
+              output<T>(y, bias, accumulate));
         });
   // rows [R, C], h A [tokens, R], y [tokens, C]
   m.def(("expand_dense_" + name).c_str(),
@@ -247,7 +247,8 @@ void bind_products(py::module_& m, const std::string& name) {
           expand_dense<T>({pointers.data(), entries}, 0, h.rows, c0, c1, words.data(),
                           output<T>(y, bias, accumulate));
         });
-  // rows [R, C], entry int32 [tokens, segments * n] names rows, h A like entry, mask_expert int32 [tokens, segments]
+  // rows [R, C], entry int32 [tokens, segments * n] names rows, h A like entry, mask_expert int32
+  // [tokens, segments]
   m.def(("expand_masked_" + name).c_str(),
         [](const py::array& matrix, const py::array& entries, const py::array& coefficients,
            int64_t seed, double p, const py::array& experts, int64_t c0, int64_t c1,
@@ -259,8 +260,7 @@ void bind_products(py::module_& m, const std::string& name) {
           const int segments = static_cast<int>(mask_expert.columns);
           expand_masked<T>({pointers.data(), rows.rows}, 0, h.rows, c0, c1, segments,
                            static_cast<int>(h.columns) / segments, entry.data, h.data,
-                           make_dropout(seed, p), mask_expert.data,
-                           output<T>(y, bias, accumulate));
+                           make_dropout(seed, p), mask_expert.data, output<T>(y, bias, accumulate));
         });
   // v [n, C], coefficients A [n, rows], out A [rows, c1 - c0]
   m.def(("outer_" + name).c_str(), [](const py::array& x, const py::array& coefficients, int64_t c0,
