@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
@@ -39,8 +40,28 @@ ScalarType accumulator_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+// A contiguous CPU tensor straight from the allocator: through the dispatcher, as
+// torch::stable::empty goes, each costs more than the routing of a token.
+Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size(); d-- > 1;)
+    strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
+  int32_t code = aoti_torch_dtype_float32();
+  if (dtype == ScalarType::BFloat16) code = aoti_torch_dtype_bfloat16();
+  if (dtype == ScalarType::Half) code = aoti_torch_dtype_float16();
+  if (dtype == ScalarType::Double) code = aoti_torch_dtype_float64();
+  if (dtype == ScalarType::Long) code = aoti_torch_dtype_int64();
+  AtenTensorHandle handle;
+  const auto error =
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               code, aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "out of memory");
+  return Tensor(handle);
+}
+
+std::vector<int64_t> shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
 template <class T>
@@ -50,11 +71,19 @@ T* data(const Tensor& t) {
 const void* read(const Tensor& t) { return t.const_data_ptr(); }
 const void* read(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// Distance between rows of a [rows, columns] tensor whose columns are contiguous.
-int64_t row_stride(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && (t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1), name,
-                  ": wanted a matrix with contiguous rows");
-  return t.stride(0);
+// A tensor [..., columns] as rows: contiguous, or a matrix whose rows are.
+struct Rows {
+  int64_t count, stride;
+};
+Rows rows_of(const Tensor& t, const char* name) {
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK(dims > 0, name, ": wanted at least one dimension");
+  Rows rows = {1, t.size(dims - 1)};
+  for (int64_t d = 0; d + 1 < dims; ++d) rows.count *= t.size(d);
+  if (rows.count == 0 || rows.stride == 0 || t.is_contiguous()) return rows;
+  STD_TORCH_CHECK(dims == 2 && (t.size(1) == 1 || t.stride(1) == 1), name,
+                  ": wanted a contiguous tensor or a matrix with contiguous rows");
+  return {rows.count, t.stride(0)};
 }
 
 void check_contiguous(const Tensor& t, const char* name) {
@@ -74,14 +103,20 @@ constexpr int64_t kColumnUnit = 128;
 
 // Fewer tokens than this share threads within a token instead of between tokens.
 constexpr int64_t kSmallT = moelora::kTokenUnit;
+// Multiply-adds that take less time than waking the other threads.
+constexpr int64_t kSerialProducts = 1 << 19;
+// Up to this many tokens, threads split expand by columns, so that each fills half the panels;
+// beyond, by tokens in the same parallel region as the rest.
+constexpr int64_t kColumnSplitT = 512;
 
 void fill_common(moelora::Topk& p, const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
                  const Tensor& router, int64_t top_k, double scale, bool renormalize,
-                 bool dropout_per_expert, bool accumulate, bool stacked) {
+                 bool dropout_per_expert, bool stacked, bool accumulate) {
+  const Rows rows = rows_of(x, "x");
   check_contiguous(lora_down, "lora_down");
   check_contiguous(lora_up, "lora_up");
   check_contiguous(router, "router");
-  p.T = x.size(0);
+  p.T = rows.count;
   p.K = lora_down.size(2);
   p.N = lora_up.size(2);
   p.E = static_cast<int>(lora_down.size(0));
@@ -93,10 +128,32 @@ void fill_common(moelora::Topk& p, const Tensor& x, const Tensor& lora_down, con
   p.stacked = stacked;
   p.scale = scale;
   p.x = read(x);
-  p.ldx = row_stride(x, "x");
+  p.ldx = rows.stride;
   p.lora_down = read(lora_down);
   p.lora_up = read(lora_up);
   p.router = read(router);
+}
+
+int64_t saved_size(const moelora::Topk& p) {
+  return p.T * (static_cast<int64_t>(p.rows()) * p.r + p.E + 2 * p.k);
+}
+
+// Lays hidden, logits, weights and selected out in `saved`, one after the other.
+template <class A>
+void point_into_saved(moelora::Topk& p, A* saved) {
+  p.hidden = saved;
+  p.logits = saved += p.T * p.rows() * p.r;
+  p.weights = saved += p.T * p.E;
+  p.selected = reinterpret_cast<int32_t*>(saved + p.T * p.k);
+}
+void point_into_saved(moelora::Topk& p, const Tensor& saved) {
+  check_contiguous(saved, "saved");
+  STD_TORCH_CHECK(saved.numel() == saved_size(p), "saved: wanted ", saved_size(p),
+                  " elements, got ", saved.numel());
+  if (saved.scalar_type() == ScalarType::Double)
+    point_into_saved(p, data<double>(saved));
+  else
+    point_into_saved(p, data<float>(saved));
 }
 
 std::optional<Dropout> make_dropout(const std::optional<Tensor>& seed, double p) {
@@ -118,45 +175,49 @@ void sum_routing(const moelora::TopkForward& p, int64_t* counts, A* prob_sums) {
     for (int e = 0; e < p.E; ++e) prob_sums[e] += partials[i * p.E + e];
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_forward(
-    const Tensor& x, const Tensor& lora_down, const Tensor& lora_up, const Tensor& router,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, const Tensor& y,
-    int64_t top_k, double scale, bool renormalize, double dropout, bool dropout_per_expert,
-    bool accumulate, bool stacked) {
+std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& lora_down,
+                                                const Tensor& lora_up, const Tensor& router,
+                                                const std::optional<Tensor>& bias,
+                                                const std::optional<Tensor>& seed, const Tensor& y,
+                                                int64_t top_k, double scale, bool renormalize,
+                                                double dropout, bool dropout_per_expert,
+                                                bool stacked, bool accumulate) {
   moelora::TopkForward p{};
   fill_common(p, x, lora_down, lora_up, router, top_k, scale, renormalize, dropout_per_expert,
-              accumulate, stacked);
+              stacked, accumulate);
   const std::optional<Dropout> masks = make_dropout(seed, dropout);
   p.dropout = masks ? &*masks : nullptr;
   p.bias = read(bias);
   p.y = data<void>(y);
-  p.ldy = row_stride(y, "y");
+  p.ldy = rows_of(y, "y").stride;
 
   const ScalarType wide = accumulator_of(x);
-  Tensor hidden = empty(x, {p.T, static_cast<int64_t>(p.rows()) * p.r}, wide);
-  Tensor logits = empty(x, {p.T, p.E}, wide);
-  Tensor selected = empty(x, {p.T, p.k}, ScalarType::Int);
-  Tensor weights = empty(x, {p.T, p.k}, wide);
-  Tensor counts = empty(x, {p.E}, ScalarType::Long);
-  Tensor prob_sums = empty(x, {p.E}, wide);
+  Tensor saved = empty({saved_size(p)}, wide);
+  Tensor counts = empty({p.E}, ScalarType::Long);
+  Tensor prob_sums = empty({p.E}, wide);
   static thread_local moelora::Scratch<double> partials;
-  p.hidden = data<void>(hidden);
-  p.logits = data<void>(logits);
-  p.selected = data<int32_t>(selected);
-  p.weights = data<void>(weights);
+  point_into_saved(p, saved);
   p.prob_partials = partials.take((p.T + moelora::kTokenUnit - 1) / moelora::kTokenUnit * p.E + 1);
 
   const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
-  if (p.T >= kSmallT || p.dropout) {
+  if (p.T > kColumnSplitT) {
     split(p.T, moelora::kTokenUnit, [&](int64_t t0, int64_t t1) {
       kernels.topk_tokens(p, t0, t1);
       kernels.topk_expand(p, t0, t1, 0, p.N);
     });
   } else if (p.T > 0) {
-    split(p.E, 4, [&](int64_t e0, int64_t e1) { kernels.topk_logits(p, e0, e1); });
-    kernels.topk_route(p, 0, p.T);
-    split(moelora::topk_hidden_units(p), 1,
-          [&](int64_t u0, int64_t u1) { kernels.topk_hidden(p, u0, u1); });
+    if (p.T >= kSmallT || p.dropout) {
+      split(p.T, moelora::kTokenUnit,
+            [&](int64_t t0, int64_t t1) { kernels.topk_tokens(p, t0, t1); });
+    } else {
+      if (p.T * p.E * p.K > kSerialProducts)
+        split(p.E, 4, [&](int64_t e0, int64_t e1) { kernels.topk_logits(p, e0, e1); });
+      else
+        kernels.topk_logits(p, 0, p.E);
+      kernels.topk_route(p, 0, p.T);
+      split(moelora::topk_hidden_units(p), 1,
+            [&](int64_t u0, int64_t u1) { kernels.topk_hidden(p, u0, u1); });
+    }
     split(p.N, kColumnUnit,
           [&](int64_t c0, int64_t c1) { kernels.topk_expand(p, 0, p.T, c0, c1); });
   }
@@ -164,49 +225,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_forward(
     sum_routing(p, data<int64_t>(counts), data<double>(prob_sums));
   else
     sum_routing(p, data<int64_t>(counts), data<float>(prob_sums));
-  return {hidden, logits, selected, weights, counts, prob_sums};
+  return {saved, counts, prob_sums};
 }
 
 std::tuple<Tensor, Tensor, Tensor> topk_backward(
     const Tensor& dy, const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
-    const Tensor& router, const std::optional<Tensor>& seed, const Tensor& hidden,
-    const Tensor& logits, const Tensor& selected, const Tensor& weights,
-    const std::optional<Tensor>& dprob_sums, const Tensor& dx, double scale, bool renormalize,
-    double dropout, bool dropout_per_expert, bool accumulate, bool stacked, bool need_dx,
-    bool need_dparams) {
+    const Tensor& router, const std::optional<Tensor>& seed, const Tensor& saved,
+    const std::optional<Tensor>& dprob_sums, const Tensor& dx, int64_t top_k, double scale,
+    bool renormalize, double dropout, bool dropout_per_expert, bool stacked, bool accumulate,
+    bool need_dx, bool need_dparams) {
   moelora::TopkBackward p{};
-  fill_common(p, x, lora_down, lora_up, router, selected.size(1), scale, renormalize,
-              dropout_per_expert, accumulate, stacked);
+  fill_common(p, x, lora_down, lora_up, router, top_k, scale, renormalize, dropout_per_expert,
+              stacked, accumulate);
   const std::optional<Dropout> masks = make_dropout(seed, dropout);
   p.dropout = masks ? &*masks : nullptr;
-  check_contiguous(hidden, "hidden");
-  STD_TORCH_CHECK(hidden.size(1) == static_cast<int64_t>(p.rows()) * p.r,
-                  "hidden: is not of this strategy's layout");
-  p.hidden = data<void>(hidden);
-  p.logits = data<void>(logits);
-  p.selected = data<int32_t>(selected);
-  p.weights = data<void>(weights);
+  point_into_saved(p, saved);
   p.dy = read(dy);
-  p.lddy = row_stride(dy, "dy");
+  p.lddy = rows_of(dy, "dy").stride;
+  if (dprob_sums) check_contiguous(*dprob_sums, "dprob_sums");
   p.dprob_sums = read(dprob_sums);
   if (need_dx) {
     p.dx = data<void>(dx);
-    p.lddx = row_stride(dx, "dx");
+    p.lddx = rows_of(dx, "dx").stride;
   }
 
-  const ScalarType wide = accumulator_of(x), narrow = x.scalar_type();
+  const ScalarType narrow = x.scalar_type();
   const auto like = [&](const Tensor& t) {
-    return need_dparams ? torch::stable::new_empty(t, t.sizes(), narrow) : empty(t, {0}, narrow);
+    return empty(need_dparams ? shape_of(t) : std::vector<int64_t>{0}, narrow);
   };
   Tensor dlora_down = like(lora_down), dlora_up = like(lora_up), drouter = like(router);
-  Tensor dhidden = empty(x, {p.T, static_cast<int64_t>(p.rows()) * (p.r + 1)}, wide);
-  Tensor hidden_out =
-      empty(x, {need_dparams ? p.T : 0, static_cast<int64_t>(p.rows()) * p.r}, wide);
-  Tensor dlogits = empty(x, {p.dense_router() ? p.T : 0, p.E}, wide);
-  p.dhidden = data<void>(dhidden);
-  p.dlogits = data<void>(dlogits);
+  // dhidden, dlogits and hidden_out in one allocation.
+  const int64_t rows = p.rows(), dhidden_size = p.T * rows * (p.r + 1), dlogits_size = p.T * p.E;
+  const ScalarType wide = accumulator_of(x);
+  Tensor workspace = empty({dhidden_size + dlogits_size + p.T * rows * p.r}, wide);
+  const auto at = [&](int64_t offset) {
+    return data<char>(workspace) + offset * (wide == ScalarType::Double ? 8 : 4);
+  };
+  p.dhidden = at(0);
+  p.dlogits = at(dhidden_size);
   if (need_dparams) {
-    p.hidden_out = data<void>(hidden_out);
+    p.hidden_out = at(dhidden_size + dlogits_size);
     p.dlora_down = data<void>(dlora_down);
     p.dlora_up = data<void>(dlora_up);
     p.drouter = data<void>(drouter);
@@ -223,13 +281,15 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
 }
 
 Tensor small_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const int64_t T = x.size(0), K = x.size(1), N = weight.size(0);
-  Tensor y = empty(x, {T, N}, x.scalar_type());
+  const Rows rows = rows_of(x, "x"), weights = rows_of(weight, "weight");
+  const int64_t K = weight.size(1), N = weight.size(0);
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = N;
+  Tensor y = empty(shape, x.scalar_type());
   const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
-  const int64_t ldx = row_stride(x, "x"), ldw = row_stride(weight, "weight");
   split(N, kColumnUnit, [&](int64_t n0, int64_t n1) {
-    kernels.small_linear(read(x), ldx, T, read(weight), ldw, read(bias), K, n0, n1, data<void>(y),
-                         N);
+    kernels.small_linear(read(x), rows.stride, rows.count, read(weight), weights.stride, read(bias),
+                         K, n0, n1, data<void>(y), N);
   });
   return y;
 }

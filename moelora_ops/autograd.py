@@ -21,32 +21,37 @@ def topk_mixture(
     lora_up: Tensor,
     router: Tensor,
     seed: Tensor | None,
-    top_k: int,
-    scale: float,
-    renormalize: bool,
-    dropout: float,
-    dropout_per_expert: bool,
-    stacked: bool,
     expand_first: bool,
     small_base: bool,
+    *mix,
 ) -> tuple[Tensor, ...]:
-    """Frozen linear plus top-k mixture, forward: y and the outputs of ``ops.topk_forward``."""
-    expand_first = expand_first and base_output is None
+    """Frozen linear plus top-k mixture, forward.
+
+    Args:
+        x: ``[..., K]``, contiguous, or a matrix with contiguous rows.
+        expand_first: write the adapter, then add the base GEMM with beta = 1.
+        small_base: compute the base with ``ops.small_linear``.
+        mix: top_k, scale, renormalize, dropout, dropout_per_expert, stacked.
+
+    Returns:
+        y ``[..., N]`` and the outputs of ``ops.topk_forward``.
+    """
     if base_output is not None:
         # Never written in place: the module that made it may have saved it for its own backward.
         y = base_output.clone(memory_format=torch.contiguous_format)
+        expand_first = False
     elif expand_first:
-        y = x.new_empty(x.shape[0], weight.shape[0])
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     elif small_base:
         y = ops.small_linear(x, weight, bias)
     else:
         y = F.linear(x, weight, bias)
     routed = ops.topk_forward(
-        x, lora_down, lora_up, router, bias if expand_first else None, seed, y, top_k, scale,
-        renormalize, dropout, dropout_per_expert, not expand_first, stacked,
+        x, lora_down, lora_up, router, bias if expand_first else None, seed, y, *mix,
+        not expand_first,
     )  # fmt: skip
     if expand_first:
-        y.addmm_(x, weight.t())
+        y.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
     return y, *routed
 
 
@@ -58,13 +63,9 @@ class TopkMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, _, _, lora_down, lora_up, router, seed, _, *scalars = arguments
-        y, hidden, logits, selected, weights, counts, prob_sums = topk_mixture(*arguments)
-        ctx.save_for_backward(
-            x, weight, lora_down, lora_up, router, seed, hidden, logits, selected, weights
-        )
-        ctx.scalars = scalars[:4]  # scale, renormalize, dropout, dropout_per_expert
-        ctx.stacked = scalars[4]
+        x, weight, _, _, lora_down, lora_up, router, seed, _, _, *ctx.mix = arguments
+        y, saved, counts, prob_sums = topk_mixture(*arguments)
+        ctx.save_for_backward(x, weight, lora_down, lora_up, router, seed, saved)
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return y, counts, prob_sums
@@ -72,23 +73,25 @@ class TopkMixture(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor | None, _dcounts, dprob_sums: Tensor | None):
-        x, weight, lora_down, lora_up, router, seed, *routed = ctx.saved_tensors
+        x, weight, lora_down, lora_up, router, seed, saved = ctx.saved_tensors
         need = ctx.needs_input_grad
         need_dx, need_dparams = need[0], any(need[4:7])
         if dy is None:
-            dy = x.new_zeros(x.shape[0], lora_up.shape[2])
-        elif dy.stride(-1) != 1:
-            dy = dy.contiguous()
+            dy = x.new_zeros((*x.shape[:-1], lora_up.shape[2]))
+        dy = dy.contiguous()
+        if dprob_sums is not None:
+            dprob_sums = dprob_sums.contiguous()
 
         accumulate = weight is not None and need_dx
-        dx = torch.mm(dy, weight) if accumulate else x.new_empty(x.shape if need_dx else (0,))
+        dx = torch.matmul(dy, weight) if accumulate else x.new_empty(x.shape if need_dx else (0,))
         dparams = ops.topk_backward(
-            dy, x, lora_down, lora_up, router, seed, *routed, dprob_sums, dx, *ctx.scalars,
-            accumulate, ctx.stacked, need_dx, need_dparams,
+            dy, x, lora_down, lora_up, router, seed, saved, dprob_sums, dx, *ctx.mix, accumulate,
+            need_dx, need_dparams,
         )  # fmt: skip
         dlora_down, dlora_up, drouter = dparams if need_dparams else (None, None, None)
-        dweight = dy.t() @ x if need[1] else None
-        dbias = dy.sum(0) if need[2] else None
+        rows = dy.reshape(-1, dy.shape[-1]) if need[1] or need[2] else None
+        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if need[1] else None
+        dbias = rows.sum(0) if need[2] else None
         dbase = dy if need[3] else None
         return (
             dx if need_dx else None, dweight, dbias, dbase, dlora_down, dlora_up, drouter,

@@ -98,54 +98,31 @@ def mola(
             )  # fmt: skip
         return (y, routing) if return_routing else y
 
-    rows = x.reshape(-1, x.shape[-1])
-    tokens = rows.shape[0]
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    # The kernels walk rows: a contiguous x goes as it is, sparing a view on either side.
+    rows = x
+    if not x.is_contiguous():
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        if base_output is not None:
+            base_output = base_output.reshape(rows.shape[0], lora_up.shape[2])
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    small = tokens <= extension.small_linear_tokens(x.dtype) and weight is not None
+    small_base = small and weight.stride(-1) == 1
+    # The adapter first and the base GEMM with beta = 1 on top is free in float32, while it costs
+    # 1 % in bfloat16 (docs/design.md).
+    expand_first = not small and x.dtype == torch.float32
     arguments = (
-        rows,
-        weight,
-        bias,
-        None if base_output is None else base_output.reshape(-1, base_output.shape[-1]),
-        lora_down.contiguous(),
-        lora_up.contiguous(),
-        router.contiguous(),
-        seed,
-        top_k,
-        scale,
-        renormalize,
-        dropout,
-        dropout_mode == "expert",
-        ops.is_stacked(strategy, lora_down.shape[0], top_k),
-        _expand_first(x.dtype, tokens),
-        _small_base(weight, x.dtype, tokens),
-    )
+        rows, weight, bias, base_output, lora_down.contiguous(), lora_up.contiguous(),
+        router.contiguous(), seed, expand_first, small_base, top_k, scale, renormalize, dropout,
+        dropout_mode == "expert", ops.is_stacked(strategy, lora_down.shape[0], top_k),
+    )  # fmt: skip
     # Outside autograd its bookkeeping is a tenth of what a single token costs.
-    graph = torch.is_grad_enabled()
-    y, *_, counts, prob_sums = (TopkMixture.apply if graph else topk_mixture)(*arguments)
-    y = y.view(*x.shape[:-1], y.shape[-1])
+    run = TopkMixture.apply if torch.is_grad_enabled() else topk_mixture
+    y, *_, counts, prob_sums = run(*arguments)
+    if rows is not x:
+        y = y.view(*x.shape[:-1], y.shape[-1])
     return (y, Routing(counts, prob_sums)) if return_routing else y
-
-
-# Most tokens for which the dot kernel beats the library GEMM, measured (docs/design.md).
-_SMALL_BASE_TOKENS = {torch.float32: 8, torch.bfloat16: 4}
-
-
-def _small_base(weight: Tensor | None, dtype: torch.dtype, tokens: int) -> bool:
-    return (
-        weight is not None
-        and weight.stride(-1) == 1
-        and extension.small_linear_enabled()
-        and tokens <= _SMALL_BASE_TOKENS.get(dtype, 0)
-    )
-
-
-def _expand_first(dtype: torch.dtype, tokens: int) -> bool:
-    """Adapter first, base GEMM with beta = 1 on top.
-
-    That is free in float32 and costs 1 % in bfloat16 (docs/design.md).
-    """
-    return dtype == torch.float32 and tokens > _SMALL_BASE_TOKENS[dtype]
 
 
 def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -182,17 +159,31 @@ def _check_mola(
             f"lora_up: wanted shape [{num_experts}, {rank}, out_features], got {_shape(lora_up)}"
         )
     out_features = lora_up.shape[2]
-    _check_tensor("lora_down", lora_down, lora_down.shape, x)
-    _check_tensor("lora_up", lora_up, lora_up.shape, x)
-    _check_tensor("router", router, (num_experts, in_features), x)
-    if base_output is not None:
-        if weight is not None or bias is not None:
-            raise ValueError("base_output: replaces weight and bias; pass either, not both")
-        _check_tensor("base_output", base_output, (*x.shape[:-1], out_features), x)
-    else:
-        _check_tensor("weight", weight, (out_features, in_features), x)
+    wanted = [
+        ("lora_down", lora_down, lora_down.shape),
+        ("lora_up", lora_up, lora_up.shape),
+        ("router", router, (num_experts, in_features)),
+    ]
+    if base_output is None:
+        wanted.append(("weight", weight, (out_features, in_features)))
         if bias is not None:
-            _check_tensor("bias", bias, (out_features,), x)
+            wanted.append(("bias", bias, (out_features,)))
+    elif weight is not None or bias is not None:
+        raise ValueError("base_output: replaces weight and bias; pass either, not both")
+    else:
+        wanted.append(("base_output", base_output, (*x.shape[:-1], out_features)))
+    dtype, device = x.dtype, x.device
+    for name, t, shape in wanted:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}")
+        if t.shape != shape:
+            raise ValueError(f"{name}: wanted shape {list(shape)}, got {list(t.shape)}")
+        if t.dtype != dtype:
+            raise TypeError(
+                f"{name}: wanted dtype {dtype} like x, got {t.dtype}; cast it or use autocast"
+            )
+        if t.device != device:
+            raise ValueError(f"{name}: wanted device {device} like x, got {t.device}")
     check_top_k(top_k, num_experts)
     check_finite("scale", scale)
     check_dropout(dropout, dropout_mode)
@@ -227,19 +218,6 @@ def check_dropout(dropout: float, dropout_mode: str) -> None:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}")
-    if t.shape != shape:
-        raise ValueError(f"{name}: wanted shape {list(shape)}, got {list(t.shape)}")
-    if t.dtype != x.dtype:
-        raise TypeError(
-            f"{name}: wanted dtype {x.dtype} like x, got {t.dtype}; cast it or use autocast"
-        )
-    if t.device != x.device:
-        raise ValueError(f"{name}: wanted device {x.device} like x, got {t.device}")
 
 
 def _shape(t) -> str:

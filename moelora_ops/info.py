@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import _version, backends, functional
+from . import _version, backends
 from .backends import extension
 
 ENVIRONMENT = {
@@ -41,7 +41,7 @@ def collect() -> dict:
         "runs": {_short(dtype): _would_run(dtype) for dtype in DTYPES},
         "small_linear": {
             "enabled": extension.small_linear_enabled(),
-            "up_to_tokens": {_short(d): t for d, t in functional._SMALL_BASE_TOKENS.items()},
+            "up_to_tokens": {_short(d): extension.small_linear_tokens(d) for d in DTYPES},
         },
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
     }

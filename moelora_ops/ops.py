@@ -12,6 +12,8 @@ cost more than the adapter.
 Letters: T tokens, K in_features, N out_features, E experts, r rank, k top-k.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,15 +22,14 @@ _library = torch.library.Library("moelora_ops", "DEF")
 _library.define(
     "topk_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor? bias,"
     " Tensor? seed, Tensor(a!) y, int top_k, float scale, bool renormalize, float dropout,"
-    " bool dropout_per_expert, bool accumulate, bool stacked)"
-    " -> (Tensor hidden, Tensor logits, Tensor selected, Tensor weights, Tensor counts,"
-    " Tensor prob_sums)"
+    " bool dropout_per_expert, bool stacked, bool accumulate)"
+    " -> (Tensor saved, Tensor counts, Tensor prob_sums)"
 )
 _library.define(
     "topk_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor router,"
-    " Tensor? seed, Tensor hidden, Tensor logits, Tensor selected, Tensor weights,"
-    " Tensor? dprob_sums, Tensor(a!) dx, float scale, bool renormalize, float dropout,"
-    " bool dropout_per_expert, bool accumulate, bool stacked, bool need_dx, bool need_dparams)"
+    " Tensor? seed, Tensor saved, Tensor? dprob_sums, Tensor(a!) dx, int top_k, float scale,"
+    " bool renormalize, float dropout, bool dropout_per_expert, bool stacked, bool accumulate,"
+    " bool need_dx, bool need_dparams)"
     " -> (Tensor dlora_down, Tensor dlora_up, Tensor drouter)"
 )
 _library.define("small_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -60,20 +61,26 @@ def is_stacked(strategy: str, num_experts: int, top_k: int) -> bool:
     return strategy == "stacked"
 
 
+def topk_saved_size(tokens: int, num_experts: int, rank: int, top_k: int, stacked: bool) -> int:
+    """Elements of `saved`: hidden, logits, weights and selected (int32 bits), one after the other.
+
+    One allocation instead of four: right after a large GEMM, when caches are cold, each costs more
+    than the routing of a token.
+    """
+    rows = num_experts if stacked else top_k
+    return tokens * (rows * rank + num_experts + 2 * top_k)
+
+
 @torch.library.register_fake("moelora_ops::topk_forward")
 def _topk_forward_fake(
     x, lora_down, lora_up, router, bias, seed, y, top_k, scale, renormalize, dropout,
-    dropout_per_expert, accumulate, stacked,
+    dropout_per_expert, stacked, accumulate,
 ):  # fmt: skip
     num_experts, rank, _ = lora_down.shape
-    tokens = x.shape[0]
     wide = accumulator_dtype(x.dtype)
-    rows = num_experts if stacked else top_k
+    size = topk_saved_size(math.prod(x.shape[:-1]), num_experts, rank, top_k, stacked)
     return (
-        x.new_empty((tokens, rows * rank), dtype=wide),
-        x.new_empty((tokens, num_experts), dtype=wide),
-        x.new_empty((tokens, top_k), dtype=torch.int32),
-        x.new_empty((tokens, top_k), dtype=wide),
+        x.new_empty((size,), dtype=wide),
         x.new_empty((num_experts,), dtype=torch.int64),
         x.new_empty((num_experts,), dtype=wide),
     )
@@ -81,8 +88,8 @@ def _topk_forward_fake(
 
 @torch.library.register_fake("moelora_ops::topk_backward")
 def _topk_backward_fake(
-    dy, x, lora_down, lora_up, router, seed, hidden, logits, selected, weights, dprob_sums, dx,
-    scale, renormalize, dropout, dropout_per_expert, accumulate, stacked, need_dx, need_dparams,
+    dy, x, lora_down, lora_up, router, seed, saved, dprob_sums, dx, top_k, scale, renormalize,
+    dropout, dropout_per_expert, stacked, accumulate, need_dx, need_dparams,
 ):  # fmt: skip
     if not need_dparams:
         return tuple(lora_down.new_empty((0,)) for _ in range(3))
@@ -91,4 +98,4 @@ def _topk_backward_fake(
 
 @torch.library.register_fake("moelora_ops::small_linear")
 def _small_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -682,23 +682,18 @@ def test_reads_end_where_the_rows_end(modules, levels_here, level):
 # torch/csrc/inductor/aoti_torch/c/shim.h.
 TORCH_SYMBOLS = """
     aoti_torch_abi_version aoti_torch_delete_library_object aoti_torch_delete_tensor_object
-    aoti_torch_device_type_cpu aoti_torch_device_type_cuda aoti_torch_device_type_meta
-    aoti_torch_device_type_mps aoti_torch_device_type_privateuse1 aoti_torch_device_type_xpu
-    aoti_torch_dtype_bfloat16 aoti_torch_dtype_bool aoti_torch_dtype_complex128
-    aoti_torch_dtype_complex32 aoti_torch_dtype_complex64 aoti_torch_dtype_float16
-    aoti_torch_dtype_float32 aoti_torch_dtype_float64 aoti_torch_dtype_float8_e4m3fn
-    aoti_torch_dtype_float8_e4m3fnuz aoti_torch_dtype_float8_e5m2
+    aoti_torch_device_type_cpu aoti_torch_dtype_bfloat16 aoti_torch_dtype_bool
+    aoti_torch_dtype_complex128 aoti_torch_dtype_complex32 aoti_torch_dtype_complex64
+    aoti_torch_dtype_float16 aoti_torch_dtype_float32 aoti_torch_dtype_float64
+    aoti_torch_dtype_float8_e4m3fn aoti_torch_dtype_float8_e4m3fnuz aoti_torch_dtype_float8_e5m2
     aoti_torch_dtype_float8_e5m2fnuz aoti_torch_dtype_int16 aoti_torch_dtype_int32
     aoti_torch_dtype_int64 aoti_torch_dtype_int8 aoti_torch_dtype_uint16 aoti_torch_dtype_uint32
-    aoti_torch_dtype_uint64 aoti_torch_dtype_uint8 aoti_torch_get_dim aoti_torch_get_dtype
-    aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_sizes aoti_torch_get_stride
-    aoti_torch_is_contiguous aoti_torch_layout__mkldnn aoti_torch_layout_jagged
-    aoti_torch_layout_sparse_bsc aoti_torch_layout_sparse_bsr aoti_torch_layout_sparse_coo
-    aoti_torch_layout_sparse_csc aoti_torch_layout_sparse_csr aoti_torch_layout_strided
-    aoti_torch_library_def aoti_torch_library_init_fragment aoti_torch_library_init_impl
-    aoti_torch_new_tensor_handle torch_call_dispatcher torch_delete_list
-    torch_get_const_data_ptr torch_get_mutable_data_ptr torch_library_impl torch_list_push_back
-    torch_new_list_reserve_size torch_new_string_handle torch_parallel_for
+    aoti_torch_dtype_uint64 aoti_torch_dtype_uint8 aoti_torch_empty_strided aoti_torch_get_dim
+    aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_sizes
+    aoti_torch_get_stride aoti_torch_is_contiguous aoti_torch_library_def
+    aoti_torch_library_init_fragment aoti_torch_library_init_impl aoti_torch_new_tensor_handle
+    torch_get_const_data_ptr torch_get_mutable_data_ptr torch_library_impl torch_new_string_handle
+    torch_parallel_for
 """.split()  # noqa: SIM905
 # Of the limited C API (PEP 384).
 PYTHON_SYMBOLS = {"PyModule_Create2"}

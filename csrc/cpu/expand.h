@@ -76,7 +76,7 @@ void expand_sparse(const RowTable<T>& table, int64_t t0, int64_t t1, int64_t c0,
                    int per_token, const int32_t* entry, const typename PanelOf<T>::type::word* word,
                    const Output<T>& out) {
   using P = typename PanelOf<T>::type;
-  constexpr int kAhead = 4;  // tokens whose output is on its way while this one computes
+  constexpr int kAhead = 12;  // tokens whose output is on its way while this one computes
   for (int64_t c = c0; c < c1; c += P::kColumns) {
     const int64_t columns = c1 - c < P::kColumns ? c1 - c : P::kColumns;
     const auto* panel = fill_panel<P>(table, c, columns);

@@ -3,6 +3,8 @@
 import importlib
 import os
 
+import torch
+
 from .. import ops  # noqa: F401  the schemas must exist before the kernels register
 
 _error = ""
@@ -24,21 +26,37 @@ def why_missing() -> str:
 
 def isa_level() -> str:
     """The instruction set level of the CPU kernels (environment MOELORA_CPU_ISA overrides it)."""
-    import torch
-
     return "none" if _error else torch.ops.moelora_ops.cpu_isa()
 
 
-# Up to a few tokens the extension's own product replaces the library GEMM for the frozen linear,
-# which is far from memory speed there (docs/design.md).  MOELORA_SMALL_LINEAR=0 turns it off.
 _small_linear = os.environ.get("MOELORA_SMALL_LINEAR", "1") != "0"
+
+# Most tokens for which our dot kernel beats the library GEMM on a frozen linear, per level.
+# Measured on Zen 4 with torch 2.13, whose library used AVX-512 beside every one of them.
+_SMALL_LINEAR_TOKENS = {
+    "avx512_bf16": {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16},
+    "avx512": {torch.float32: 16, torch.bfloat16: 4, torch.float16: 16},
+    "avx2": {torch.float32: 16, torch.bfloat16: 2, torch.float16: 16},
+    "portable": {torch.float32: 4},
+}
+_small_linear_limits = _SMALL_LINEAR_TOKENS.get(isa_level(), {})
 
 
 def set_small_linear(enabled: bool) -> None:
-    """Whether a frozen linear of a few tokens runs on our dot kernel, not on the library GEMM."""
+    """Whether a frozen linear of a few tokens runs on our dot kernel, not on the library GEMM.
+
+    On by default (environment MOELORA_SMALL_LINEAR=0 turns it off): there the library is far from
+    memory speed.
+    """
     global _small_linear
     _small_linear = bool(enabled)
 
 
 def small_linear_enabled() -> bool:
+    """What :func:`set_small_linear` set."""
     return _small_linear
+
+
+def small_linear_tokens(dtype: torch.dtype) -> int:
+    """Most tokens that :func:`small_linear_enabled` applies to at this instruction set level."""
+    return _small_linear_limits.get(dtype, 0) if _small_linear else 0
