@@ -107,7 +107,7 @@ constexpr int64_t kSmallT = moelora::kTokenUnit;
 constexpr int64_t kSerialProducts = 1 << 19;
 // Up to this many tokens, threads split expand by columns, so that each fills half the panels;
 // beyond, by tokens in the same parallel region as the rest.
-constexpr int64_t kColumnSplitT = 512;
+constexpr int64_t kColumnSplitT = 128;
 
 void fill_common(moelora::Topk& p, const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
                  const Tensor& router, int64_t top_k, double scale, bool renormalize,
