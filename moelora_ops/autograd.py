@@ -58,14 +58,18 @@ def topk_mixture(
 class TopkMixture(torch.autograd.Function):
     """:func:`topk_mixture` with its gradient.
 
-    Saves x, the rank-space hidden, the logits and the k choices per token.
+    Saves the rank-space hidden, the logits and the k choices per token; and x, but only if a
+    parameter is trained.
     """
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, _, _, lora_down, lora_up, router, seed, _, _, *ctx.mix = arguments
         y, saved, counts, prob_sums = topk_mixture(*arguments)
-        ctx.save_for_backward(x, weight, lora_down, lora_up, router, seed, saved)
+        need = ctx.needs_input_grad
+        kept = x if need[1] or any(need[4:7]) else None
+        ctx.save_for_backward(kept, weight, lora_down, lora_up, router, seed, saved)
+        ctx.shape = x.shape
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return y, counts, prob_sums
@@ -77,18 +81,25 @@ class TopkMixture(torch.autograd.Function):
         need = ctx.needs_input_grad
         need_dx, need_dparams = need[0], any(need[4:7])
         if dy is None:
-            dy = x.new_zeros((*x.shape[:-1], lora_up.shape[2]))
+            dy = lora_up.new_zeros((*ctx.shape[:-1], lora_up.shape[2]))
         dy = dy.contiguous()
         if dprob_sums is not None:
             dprob_sums = dprob_sums.contiguous()
 
         accumulate = weight is not None and need_dx
-        dx = torch.matmul(dy, weight) if accumulate else x.new_empty(x.shape if need_dx else (0,))
-        dparams = ops.topk_backward(
-            dy, x, lora_down, lora_up, router, seed, saved, dprob_sums, dx, *ctx.mix, accumulate,
-            need_dx, need_dparams,
-        )  # fmt: skip
-        dlora_down, dlora_up, drouter = dparams if need_dparams else (None, None, None)
+        dx = (
+            torch.matmul(dy, weight)
+            if accumulate
+            else lora_up.new_empty(ctx.shape if need_dx else (0,))
+        )
+        dlora_down = dlora_up = drouter = None
+        if need_dx or need_dparams:
+            dparams = ops.topk_backward(
+                dy, dx if x is None else x, lora_down, lora_up, router, seed, saved, dprob_sums, dx,
+                *ctx.mix, accumulate, need_dx, need_dparams,
+            )  # fmt: skip
+            if need_dparams:
+                dlora_down, dlora_up, drouter = dparams
         rows = dy.reshape(-1, dy.shape[-1]) if need[1] or need[2] else None
         dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if need[1] else None
         dbias = rows.sum(0) if need[2] else None

@@ -355,6 +355,31 @@ def test_memory_saved_for_backward():
             assert 0 < sum(saved.values()) <= 8 * shape.T * shape.E * (shape.r + 1)
 
 
+def test_frozen_experts_do_not_keep_the_input():
+    i = make_inputs(Shape(64, 48, 40, 4, 2, 2), torch.float32)
+    want = run(functional.mola, i, 2)
+    for trained in (False, True):
+        x = i.x.clone().requires_grad_()
+        lora_down = i.lora_down.clone().requires_grad_(trained)
+        saved = []
+
+        def pack(t, saved=saved):
+            saved.append(t.data_ptr())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = functional.mola(x, i.weight, i.bias, lora_down, i.lora_up, i.router, 2, 2.0)
+        assert (x.data_ptr() in saved) is trained
+        assert torch.equal(torch.autograd.grad(y, x, i.dy)[0], want["dx"])
+
+
+def test_only_the_base_needs_a_gradient():
+    i = make_inputs(Shape(9, 48, 40, 4, 2, 2), torch.float32)
+    base = torch.randn(9, 40, requires_grad=True)
+    y = functional.mola(i.x, None, None, i.lora_down, i.lora_up, i.router, 2, 2.0, base_output=base)
+    assert torch.equal(torch.autograd.grad(y, base, i.dy)[0], i.dy)
+
+
 def test_large_offsets():
     """Rows beyond 2**31 elements: strides are 64-bit."""
     x = torch.empty(2**31 + 16, dtype=torch.bfloat16).as_strided((2, 16), (2**31, 1))
