@@ -93,14 +93,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Fine-tune SmolLM2-135M with MoLA 2-4-6-8 on the CPU."
     )
-    parser.add_argument("--steps", type=int, default=40, help="training steps")
+    parser.add_argument("--steps", type=int, default=30, help="training steps")
     parser.add_argument("--batch", type=int, default=8, help="questions per step")
     parser.add_argument(
         "--length", type=int, default=80, help="most tokens of a question with its answer"
     )
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the step time measurement")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of the step time measurement")
     parser.add_argument("--train-per-task", type=int, default=80, help="questions to learn from")
     parser.add_argument(
         "--held-out-per-task", type=int, default=16, help="questions to be judged by"
