@@ -167,7 +167,7 @@ def test_opcheck_small_linear():
     torch.library.opcheck(ops.small_linear, (x, weight, bias))
 
 
-@pytest.mark.parametrize("tokens", (1, 2, 3, 4, 5, 8))
+@pytest.mark.parametrize("tokens", (1, 2, 3, 4, 5, 8, 64))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("features", ((64, 130), (33, 7), (1, 1)))
 def test_small_linear(dtype, tokens, features):

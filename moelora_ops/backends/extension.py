@@ -34,8 +34,8 @@ _small_linear = os.environ.get("MOELORA_SMALL_LINEAR", "1") != "0"
 # Most tokens for which our dot kernel beats the library GEMM on a frozen linear, per level.
 # Measured on Zen 4 with torch 2.13, whose library used AVX-512 beside every one of them.
 _SMALL_LINEAR_TOKENS = {
-    "avx512_bf16": {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16},
-    "avx512": {torch.float32: 16, torch.bfloat16: 4, torch.float16: 16},
+    "avx512_bf16": {torch.float32: 64, torch.bfloat16: 16, torch.float16: 64},
+    "avx512": {torch.float32: 64, torch.bfloat16: 4, torch.float16: 64},
     "avx2": {torch.float32: 16, torch.bfloat16: 2, torch.float16: 16},
     "portable": {torch.float32: 4},
 }
