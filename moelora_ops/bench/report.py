@@ -56,7 +56,16 @@ def header(method: Method, settings: Settings, argv: list[str]) -> dict:
         "command": shlex.join(["python", "-m", "moelora_ops.bench", *argv]),
         "commit": _commit(),
         "settings": settings._asdict(),
-        "info": info.collect(),
+        "info": _without_paths(info.collect()),
+    }
+
+
+def _without_paths(facts: dict) -> dict:
+    """`facts` as they may be published: where something lies on this machine is nobody's matter."""
+    return {
+        key: _without_paths(value) if isinstance(value, dict) else value
+        for key, value in facts.items()
+        if key != "path"
     }
 
 
