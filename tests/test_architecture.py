@@ -26,7 +26,6 @@ ARROWS = {
     "nn": {"balance", "functional", "reference"},
     "models": {"depth", "nn", "reference"},
     "adapters": {"_version", "models"},
-    "integrations": {"models", "nn", "reference"},
     "info": {"_version", "backends", "functional"},
     "bench": {"_version", "backends", "functional", "info", "nn", "reference"},
 }
