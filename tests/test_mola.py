@@ -131,11 +131,12 @@ def test_input_without_gradient():
 
 
 def test_top_1_renormalized_has_no_router_gradient_and_switch_style_has():
-    x = torch.randn(50, 24)
+    x = torch.randn(50, 24, dtype=torch.float64)
     for renormalize in (True, False):
-        layer = make_layer(top_k=1, renormalize=renormalize)
+        layer = make_layer(torch.float64, top_k=1, renormalize=renormalize)
         layer(x).square().sum().backward()
-        assert bool(layer.router.grad.abs().max() > 1e-3) is not renormalize
+        # The reference finds the zero up to float64 rounding.
+        assert bool(layer.router.grad.abs().max() > 1e-6) is not renormalize
 
 
 # ---------------------------------------------------------------- foreign bases
