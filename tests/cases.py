@@ -40,9 +40,9 @@ SHAPES = tuple(
             (17, 128, 64, 1, 8, 1),  # one expert: LoRA
             (77, 256, 512, 32, 1, 4),  # rank-1 experts
             (130, 200, 136, 8, 8, 2),
-            (40, 128, 130, 3, 4, 3),  # k = E
+            (40, 128, 130, 3, 4, 3),  # k = E: stacked by the automatic choice
             (33, 130, 258, 2, 64, 2),
-            (64, 96, 100, 5, 16, 4),  # stacked by the automatic choice
+            (64, 96, 100, 5, 16, 4),  # nearly all experts, still grouped
             (300, 70, 65, 8, 9, 1),
             (9, 40, 24, 128, 2, 3),
             (21, 48, 56, 6, 12, 6),
