@@ -86,6 +86,13 @@ Rows rows_of(const Tensor& t, const char* name) {
   return {rows.count, t.stride(0)};
 }
 
+// That `t` has x's dtype and the given shape.
+void check_like(const Tensor& t, const Tensor& x, const std::vector<int64_t>& shape,
+                const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": wanted x's dtype");
+  STD_TORCH_CHECK(shape_of(t) == shape, name, ": has a shape that does not fit the others");
+}
+
 void check_contiguous(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous(), name, ": wanted a contiguous tensor");
 }
@@ -113,6 +120,8 @@ void fill_common(moelora::Topk& p, const Tensor& x, const Tensor& lora_down, con
                  const Tensor& router, int64_t top_k, double scale, bool renormalize,
                  bool dropout_per_expert, bool stacked, bool accumulate) {
   const Rows rows = rows_of(x, "x");
+  STD_TORCH_CHECK(lora_down.dim() == 3 && lora_up.dim() == 3,
+                  "lora_down, lora_up: wanted 3 dimensions");
   check_contiguous(lora_down, "lora_down");
   check_contiguous(lora_up, "lora_up");
   check_contiguous(router, "router");
@@ -122,6 +131,11 @@ void fill_common(moelora::Topk& p, const Tensor& x, const Tensor& lora_down, con
   p.E = static_cast<int>(lora_down.size(0));
   p.r = static_cast<int>(lora_down.size(1));
   p.k = static_cast<int>(top_k);
+  STD_TORCH_CHECK(1 <= top_k && top_k <= p.E, "top_k: wanted 1..", p.E, ", got ", top_k);
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == p.K, "x: wanted last dimension ", p.K);
+  check_like(lora_down, x, {p.E, p.r, p.K}, "lora_down");
+  check_like(lora_up, x, {p.E, p.r, p.N}, "lora_up");
+  check_like(router, x, {p.E, p.K}, "router");
   p.renormalize = renormalize;
   p.dropout_per_expert = dropout_per_expert;
   p.accumulate = accumulate;
@@ -187,6 +201,13 @@ std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& l
               stacked, accumulate);
   const std::optional<Dropout> masks = make_dropout(seed, dropout);
   p.dropout = masks ? &*masks : nullptr;
+  std::vector<int64_t> out_shape = shape_of(x);
+  out_shape.back() = p.N;
+  check_like(y, x, out_shape, "y");
+  if (bias) {
+    check_like(*bias, x, {p.N}, "bias");
+    check_contiguous(*bias, "bias");
+  }
   p.bias = read(bias);
   p.y = data<void>(y);
   p.ldy = rows_of(y, "y").stride;
@@ -240,6 +261,10 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
   const std::optional<Dropout> masks = make_dropout(seed, dropout);
   p.dropout = masks ? &*masks : nullptr;
   point_into_saved(p, saved);
+  std::vector<int64_t> out_shape = shape_of(x);
+  out_shape.back() = p.N;
+  check_like(dy, x, out_shape, "dy");
+  if (need_dx) check_like(dx, x, shape_of(x), "dx");
   p.dy = read(dy);
   p.lddy = rows_of(dy, "dy").stride;
   if (dprob_sums) check_contiguous(*dprob_sums, "dprob_sums");
@@ -283,6 +308,12 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
 Tensor small_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Rows rows = rows_of(x, "x"), weights = rows_of(weight, "weight");
   const int64_t K = weight.size(1), N = weight.size(0);
+  STD_TORCH_CHECK(weight.dim() == 2 && x.size(x.dim() - 1) == K, "x: wanted last dimension ", K);
+  check_like(weight, x, {N, K}, "weight");
+  if (bias) {
+    check_like(*bias, x, {N}, "bias");
+    check_contiguous(*bias, "bias");
+  }
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = N;
   Tensor y = empty(shape, x.scalar_type());

@@ -64,7 +64,7 @@ def mola(
         base_output: ``[..., N]``, output of a frozen layer that is not a plain linear; replaces
             weight and bias.
         strategy: ``"stacked"`` computes every expert, ``"grouped"`` only the chosen ones,
-            ``"auto"`` decides from E, r and k.
+            ``"auto"`` decides from E and k.
         return_routing: also return the :class:`Routing` by-products.
 
     Returns:
@@ -112,6 +112,8 @@ def mola(
     # The adapter first and the base GEMM with beta = 1 on top is free in float32, while it costs
     # 1 % in bfloat16 (docs/design.md).
     expand_first = not small and x.dtype == torch.float32
+    if bias is not None:
+        bias = bias.contiguous()
     arguments = (
         rows, weight, bias, base_output, lora_down.contiguous(), lora_up.contiguous(),
         router.contiguous(), seed, expand_first, small_base, top_k, scale, renormalize, dropout,

@@ -162,6 +162,37 @@ def test_opcheck_backward(stacked, need_dparams):
     )
 
 
+# Positions in the operators' arguments, and what would make a kernel read or write out of bounds.
+@pytest.mark.parametrize(
+    ("position", "bad", "name"),
+    [
+        (0, torch.randn(20, 23), "x"),
+        (0, torch.randn(20, 24, dtype=torch.float64), "lora_down"),
+        (2, torch.randn(4, 2, 40), "lora_up"),
+        (3, torch.randn(3, 24), "router"),
+        (3, torch.randn(4, 24, dtype=torch.bfloat16), "router"),
+        (6, torch.randn(19, 40), "y"),
+        (7, 5, "top_k"),
+        (7, 0, "top_k"),
+    ],
+)
+def test_operators_called_directly_do_not_leave_their_memory(position, bad, name):
+    arguments = list(forward_arguments())
+    arguments[position] = bad
+    with pytest.raises(RuntimeError, match=name):
+        ops.topk_forward(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "name"), [(0, (20, 39), "dy"), (6, (7,), "saved"), (8, (19, 24), "dx")]
+)
+def test_backward_called_directly_does_not_leave_its_memory(position, shape, name):
+    arguments = list(backward_arguments())
+    arguments[position] = torch.randn(shape)
+    with pytest.raises(RuntimeError, match=name):
+        ops.topk_backward(*arguments)
+
+
 def test_opcheck_small_linear():
     x, weight, bias = torch.randn(3, 24), torch.randn(40, 24), torch.randn(40)
     torch.library.opcheck(ops.small_linear, (x, weight, bias))
@@ -387,6 +418,22 @@ def test_only_the_base_needs_a_gradient():
     base = torch.randn(9, 40, requires_grad=True)
     y = functional.mola(i.x, None, None, i.lora_down, i.lora_up, i.router, 2, 2.0, base_output=base)
     assert torch.equal(torch.autograd.grad(y, base, i.dy)[0], i.dy)
+
+
+@pytest.mark.parametrize("tokens", (3, 100))
+def test_strided_parameters(tokens):
+    """Views as weight, bias and experts: their gaps are not read."""
+    i = make_inputs(Shape(tokens, 24, 40, 4, 3, 2), torch.float32)
+
+    def strided(t):
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"))
+        wide[..., ::2] = t
+        return wide[..., ::2]
+
+    parameters = (i.weight, i.bias, i.lora_down, i.lora_up, i.router)
+    got = functional.mola(i.x, *map(strided, parameters), 2, 2.0)
+    want = functional.mola(i.x, *parameters, 2, 2.0)
+    torch.testing.assert_close(got, want)
 
 
 def test_large_offsets():
