@@ -53,7 +53,7 @@ struct WidePanel {
             kTokens > 1 ? in_register(load(row + v * kLanes<A>)) : load(row + v * kLanes<A>);
         MOELORA_UNROLL
         for (int i = 0; i < kTokens; ++i)
-          sums[i][v] = sums[i][v] + splat(h[i * ldh + p]) * r;
+          sums[i][v] = sums[i][v] + in_register(splat(h[i * ldh + p])) * r;
       }
     }
     MOELORA_UNROLL
@@ -172,7 +172,7 @@ struct PairPanel {
         if (kTokens > 1) l = in_register(l), u = in_register(u);
         MOELORA_UNROLL
         for (int i = 0; i < kTokens; ++i) {
-          const __m512bh c = (__m512bh)_mm512_set1_epi32(h[i * ldh + p]);
+          const __m512bh c = in_register((__m512bh)_mm512_set1_epi32(h[i * ldh + p]));
           low[i][v] = _mm512_dpbf16_ps(low[i][v], c, l);
           high[i][v] = _mm512_dpbf16_ps(high[i][v], c, u);
         }
