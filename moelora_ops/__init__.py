@@ -5,7 +5,8 @@ from ._version import __version__
 from .adapters import load_adapter, save_adapter
 from .backends import set_default_backend, use_backend
 from .balance import aux_loss, routing_stats
-from .models import MoLAConfig, apply, fuse
+from .configs import MoLAConfig
+from .models import apply, fuse
 
 __all__ = [
     "MoLAConfig",

@@ -1,39 +1,45 @@
 """Adapters on disk: safetensors for the values, json for what they are and which model they fit.
 
-    directory/adapter.json                       the commit point: names the weights file, its size
-    and hash directory/adapter-<first 16 of sha256>.safetensors
+    directory/adapter.json      the commit point: names the weights file, its size and hash
+    directory/adapter-<first 16 of sha256>.safetensors
 
 Both are written beside their final name, synchronised and renamed, the json last.  Whenever a save
 is interrupted, the directory holds either the old adapter or the new one, whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ._version import __version__
-from .models import METHODS, adapted_layers, check_dtype, install, is_linear
+from .companions import COMPANIONS, Companion, companions_of
+from .configs.base import check_dtype, is_linear
+from .models import METHODS, Method, adapted_layers, adapter_tensors, install
 
 FORMAT = "moelora_ops.adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no companions
 INDEX_NAME = "adapter.json"
 _WEIGHTS_NAME = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 _TEMPORARY_NAME = re.compile(r"\.adapter.*\.tmp")
-# May differ between a file and the adapters that are already in a model: they do not change what it
-# computes.
-_TRAINING_ONLY = {"dropout", "dropout_mode"}
 _SHOWN_DIFFERENCES = 5
 
 
+class _Part(NamedTuple):
+    """A layer or a companion of a model, as a file has it."""
+
+    module: nn.Module
+    entry: dict[str, Any]  # method, kind (companions only), arguments, shapes of the tensors
+
+
 def save_adapter(model: nn.Module, dir: str | os.PathLike) -> None:
-    """Write the adapters of `model` (experts, routers, their settings, no bases) into `dir`.
+    """Write the adapters of `model` into `dir`: layers without their bases, and companions.
 
     An adapter that `dir` already holds is replaced in one step and survives any failure before it.
     Fused and reference layers write the same files.  One process at a time may save into a
@@ -44,27 +50,22 @@ def save_adapter(model: nn.Module, dir: str | os.PathLike) -> None:
         dir: is created if needed.
 
     Raises:
-        ValueError: `model` has no adapters, or their parameters are on the meta device.
+        ValueError: `model` has no adapters, or their tensors are on the meta device.
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
-    modules: dict[str, dict[str, Any]] = {}
+    layers, companions = _layers(model), _companions(model)
+    if not layers:
+        raise ValueError("model: has no adapters to save")
     tensors: dict[str, Tensor] = {}
-    for name, layer, method in _layers(model):
-        modules[name] = {
-            "method": method,
-            "arguments": {field: getattr(layer, field) for field in METHODS[method].arguments},
-            "tensors": _shapes(layer),
-        }
-        for key, parameter in layer.named_parameters(recurse=False):
-            if parameter.is_meta:
+    for name, part in _qualified(layers, companions).items():
+        for key, tensor in _tensors(part.module).items():
+            if tensor.is_meta:
                 raise ValueError(
                     f"model: {name}.{key} is on the meta device and has no values to save"
                 )
             # A copy, as safetensors refuses tensors that share memory (tied parameters).
-            tensors[f"{name}.{key}"] = parameter.detach().to("cpu", copy=True).contiguous()
-    if not modules:
-        raise ValueError("model: has no adapters to save")
+            tensors[f"{name}.{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
 
     weights = safetensors.save(tensors, {"format": "pt"})
     digest = hashlib.sha256(weights).hexdigest()
@@ -74,7 +75,8 @@ def save_adapter(model: nn.Module, dir: str | os.PathLike) -> None:
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
         "weights": {"file": weights_name, "bytes": len(weights), "sha256": digest},
-        "modules": modules,
+        "modules": {name: part.entry for name, part in layers.items()},
+        "companions": {name: part.entry for name, part in companions.items()},
     }
     directory = Path(dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -95,14 +97,14 @@ def load_adapter(
 ) -> nn.Module:
     """Read the adapter in `dir` into `model`, in place.
 
-    A model without adapters gets them as by :func:`moelora_ops.apply`: its linears are wrapped and
-    everything else is frozen.  In a model that has adapters they must be those of the file, fused
-    or reference; their values are overwritten.  Everything is checked first; a call that raises
-    leaves the model as it was.
+    A model without adapters gets them as by :func:`moelora_ops.apply`: its linears are wrapped,
+    companions are added and everything else is frozen.  In a model that has adapters they must be
+    those of the file, fused or reference; their values are overwritten.  Everything is checked
+    first; a call that raises leaves the model as it was.
 
-    Values are cast to the dtype of the parameter they go into, which for new adapters is `dtype`,
-    by default each base layer's, and not the file's: layers compute in one dtype.  Equal dtypes
-    give the saved bits.
+    Values are cast to the dtype of the tensor they go into, which for new adapters is `dtype`, by
+    default each base layer's, and not the file's: layers compute in one dtype.  Equal dtypes give
+    the saved bits.
 
     Args:
         model: the model that the adapter was saved from, or one with linears of the same names and
@@ -123,39 +125,49 @@ def load_adapter(
     safetensors = _safetensors()
     check_dtype("dtype", dtype)
     directory = Path(dir)
-    modules, weights = _read(directory)
+    modules, companions, weights = _read(directory)
     tensors = safetensors.load(weights)
+    entries = _qualified(modules, companions)
     wanted = {
-        f"{name}.{key}": shape for name, m in modules.items() for key, shape in m["tensors"].items()
+        f"{name}.{key}": shape for name, e in entries.items() for key, shape in e["tensors"].items()
     }
     _fail_on(
         _differences(wanted, {key: list(t.shape) for key, t in tensors.items()}),
         f"{directory / INDEX_NAME}: does not describe its weights file",
     )
+    mismatch = f"model: the adapter in {directory} is of another model"
+
+    def check_kinds(name: str, module: nn.Module) -> None:
+        """Floating values go into any floating dtype, others (masks, indices) into their own."""
+        for key, tensor in _tensors(module).items():
+            value = tensors[f"{name}.{key}"]
+            if value.dtype != tensor.dtype and not (
+                value.is_floating_point() and tensor.is_floating_point()
+            ):
+                raise ValueError(
+                    f"{mismatch}: {name}.{key}: wanted dtype {value.dtype}, got {tensor.dtype}"
+                )
 
     @torch.no_grad()
-    def fill(name: str, layer: nn.Module) -> None:
-        for key, parameter in layer.named_parameters(recurse=False):
-            parameter.copy_(tensors[f"{name}.{key}"])
+    def fill(name: str, module: nn.Module) -> None:
+        for key, tensor in _tensors(module).items():
+            tensor.copy_(tensors[f"{name}.{key}"])
 
-    mismatch = f"model: the adapter in {directory} is of another model"
-    present = list(_layers(model))
+    present = _layers(model)
     if present:
-        theirs = {
-            name: _fingerprint(m["method"], m["arguments"], m["tensors"])
-            for name, m in modules.items()
-        }
-        ours = {
-            name: _fingerprint(
-                method, {a: getattr(layer, a) for a in METHODS[method].arguments}, _shapes(layer)
-            )
-            for name, layer, method in present
-        }
-        _fail_on(_differences(theirs, ours), mismatch)
-        for name, layer, _ in present:
-            _check_materialized(name, layer)
-        for name, layer, _ in present:
-            fill(name, layer)
+        parts = _qualified(present, _companions(model))
+        _fail_on(
+            _differences(
+                {name: _fingerprint(entry) for name, entry in entries.items()},
+                {name: _fingerprint(part.entry) for name, part in parts.items()},
+            ),
+            mismatch,
+        )
+        for name, part in parts.items():
+            _check_materialized(name, part.module)
+            check_kinds(name, part.module)
+        for name, part in parts.items():
+            fill(name, part.module)
         return model
 
     bases = {
@@ -163,25 +175,43 @@ def load_adapter(
         for name, m in model.named_modules(remove_duplicate=False)
         if is_linear(m)
     }
-    theirs = {name: m["tensors"] for name, m in modules.items()}
-    ours = {}
+    layers = {}
     for name, m in modules.items():
         if name in bases:
             base = bases[name][1]
-            method, arguments = METHODS[m["method"]], m["arguments"]
             _check_materialized(name, base)
             with torch.device("meta"):
                 twin = nn.Linear(base.in_features, base.out_features)
-                ours[name] = _shapes(method.reference(twin, **arguments))
-    _fail_on(_differences(theirs, ours), mismatch)
-    layers = {bases[name][0]: (METHODS[m["method"]], m["arguments"]) for name, m in modules.items()}
+                layers[name] = METHODS[m["method"]].reference(twin, **_arguments(m, twin))
+    twins = _qualified(
+        layers, {name: _empty_companion(entry, "meta") for name, entry in companions.items()}
+    )
+    _fail_on(
+        _differences(
+            {name: e["tensors"] for name, e in entries.items()},
+            {name: _shapes(twin) for name, twin in twins.items()},
+        ),
+        mismatch,
+    )
+    for name, twin in twins.items():
+        check_kinds(name, twin)
     return install(
-        model, layers, implementation, dtype, lambda name, layer: fill(_plain(name), layer)
+        model,
+        {
+            bases[name][0]: (METHODS[m["method"]], _arguments(m, bases[name][1]))
+            for name, m in modules.items()
+        },
+        implementation,
+        dtype,
+        lambda device, dtype: {
+            name: _empty_companion(entry, device, dtype) for name, entry in companions.items()
+        },
+        lambda name, module: fill(_plain(name), module),
     )
 
 
-def _read(directory: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
-    """The validated ``modules`` of the index and the bytes of the weights file."""
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """The index's validated ``modules`` and ``companions``, and the bytes of the weights file."""
     if not directory.is_dir():
         raise FileNotFoundError(
             f"dir: wanted a directory with an adapter, got {directory}, which is none"
@@ -199,16 +229,28 @@ def _read(directory: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
         ) from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{path}: is no index of an adapter; wanted format {FORMAT!r}")
-    if index.get("format_version") != FORMAT_VERSION:
+    version = index.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"{path}: wanted format version {FORMAT_VERSION}, got {index.get('format_version')!r}, "
+            f"{path}: wanted format version 1 to {FORMAT_VERSION}, got {version!r}, "
             f"written by moelora_ops {index.get('package_version')}; this is {__version__}"
         )
     modules = _entry(index, "modules", dict, path)
     if not modules:
         raise ValueError(f"{path}: modules is empty")
     for name in modules:
-        _check_module(name, _entry(modules, name, dict, path), path)
+        entry = _entry(modules, name, dict, path)
+        method = _method(name, entry, path)
+        with _checking(name, entry, method.arguments, path):
+            method.config.check_layer(name, entry["arguments"])
+    companions = _entry(index, "companions", dict, path) if version > 1 else {}
+    for name in companions:
+        entry, name = _entry(companions, name, dict, path), f"{COMPANIONS}.{name}"
+        kinds, kind = _method(name, entry, path).companions, _entry(entry, "kind", str, path)
+        if kind not in kinds:
+            raise ValueError(f"{path}: {name}: wanted a kind of {sorted(kinds)}, got {kind!r}")
+        with _checking(name, entry, kinds[kind].arguments, path):
+            _empty_companion(entry, "meta")
 
     weights = _entry(index, "weights", dict, path)
     name = _entry(weights, "file", str, path)
@@ -227,28 +269,33 @@ def _read(directory: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
         raise ValueError(
             f"{weights_path}: the content does not match its sha256; the file is corrupted"
         )
-    return modules, data
+    return modules, companions, data
 
 
-def _check_module(name: str, module: dict[str, Any], path: Path) -> None:
-    """One entry of ``modules``: a known method, exactly its arguments, in range, and shapes."""
-    method = METHODS.get(_entry(module, "method", str, path))
+def _method(name: str, entry: dict[str, Any], path: Path) -> Method:
+    method = METHODS.get(_entry(entry, "method", str, path))
     if method is None:
         raise ValueError(
-            f"{path}: {name}: wanted a method of {sorted(METHODS)}, got {module['method']!r}"
+            f"{path}: {name}: wanted a method of {sorted(METHODS)}, got {entry['method']!r}"
         )
-    arguments = _entry(module, "arguments", dict, path)
+    return method
+
+
+@contextlib.contextmanager
+def _checking(name: str, entry: dict[str, Any], wanted: tuple[str, ...], path: Path):
+    """Checks of one entry: it has exactly these arguments, they pass the body, and has shapes."""
+    arguments = _entry(entry, "arguments", dict, path)
     _fail_on(
-        [f"{field} is missing" for field in method.arguments if field not in arguments]
-        + [f"{field} is unknown" for field in arguments if field not in method.arguments],
+        [f"{field} is missing" for field in wanted if field not in arguments]
+        + [f"{field} is unknown" for field in arguments if field not in wanted],
         f"{path}: arguments of {name}",
     )
     try:
-        method.config(**arguments).layer_arguments(name, None)  # one layer's, of no depth
+        yield
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: arguments of {name}: {error}") from error
-    for key in _entry(module, "tensors", dict, path):
-        _entry(module["tensors"], key, list, path)
+    for key in _entry(entry, "tensors", dict, path):
+        _entry(entry["tensors"], key, list, path)
 
 
 def _entry(mapping: dict[str, Any], key: str, kind: type, path: Path) -> Any:
@@ -258,9 +305,55 @@ def _entry(mapping: dict[str, Any], key: str, kind: type, path: Path) -> Any:
     return value
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    for layer in adapted_layers(model):
-        yield _plain(layer.name), layer.module, layer.method
+def _layers(model: nn.Module) -> dict[str, _Part]:
+    return {
+        _plain(layer.name): _Part(
+            layer.module,
+            {"method": layer.method, **_described(layer.module, METHODS[layer.method].arguments)},
+        )
+        for layer in adapted_layers(model)
+    }
+
+
+def _companions(model: nn.Module) -> dict[str, _Part]:
+    parts = {}
+    for name, companion in companions_of(model).items():
+        cls = type(companion)
+        ((method, kind),) = (
+            (method, kind)
+            for method, row in METHODS.items()
+            for kind, of_kind in row.companions.items()
+            if of_kind is cls
+        )
+        entry = {"method": method, "kind": kind, **_described(companion, cls.arguments)}
+        parts[name] = _Part(companion, entry)
+    return parts
+
+
+def _described(module: nn.Module, arguments: tuple[str, ...]) -> dict[str, Any]:
+    values = {name: getattr(module, name) for name in arguments}
+    # As json gives them back: tuples become lists.
+    return {
+        "arguments": json.loads(json.dumps(values, allow_nan=False)),
+        "tensors": _shapes(module),
+    }
+
+
+def _qualified(layers: dict[str, Any], companions: dict[str, Any]) -> dict[str, Any]:
+    """Both by the qualified names that they have in a model."""
+    return layers | {f"{COMPANIONS}.{name}": value for name, value in companions.items()}
+
+
+def _arguments(entry: dict[str, Any], base: nn.Module) -> dict[str, Any]:
+    """The constructor's arguments beside `base` of the layer that `entry` describes."""
+    return METHODS[entry["method"]].config.constructor_arguments(base, entry["arguments"])
+
+
+def _empty_companion(
+    entry: dict[str, Any], device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Companion:
+    cls = METHODS[entry["method"]].companions[entry["kind"]]
+    return cls(**entry["arguments"], device=device, dtype=dtype)
 
 
 def _plain(name: str) -> str:
@@ -268,15 +361,19 @@ def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _shapes(layer: nn.Module) -> dict[str, list[int]]:
-    return {key: list(parameter.shape) for key, parameter in layer.named_parameters(recurse=False)}
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {_plain(key): tensor for key, tensor in adapter_tensors(module).items()}
 
 
-def _fingerprint(
-    method: str, arguments: dict[str, Any], shapes: dict[str, list[int]]
-) -> dict[str, Any]:
-    same = {key: value for key, value in arguments.items() if key not in _TRAINING_ONLY}
-    return {"method": method, **same, **shapes}
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {key: list(tensor.shape) for key, tensor in _tensors(module).items()}
+
+
+def _fingerprint(entry: dict[str, Any]) -> dict[str, Any]:
+    """What must agree between a file and the adapters that are already in a model."""
+    free = METHODS[entry["method"]].training_only
+    arguments = {key: value for key, value in entry["arguments"].items() if key not in free}
+    return {"method": entry["method"], "kind": entry.get("kind"), **arguments, **entry["tensors"]}
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -308,7 +405,7 @@ def _fail_on(differences: list[str], what: str) -> None:
 
 
 def _check_materialized(name: str, module: nn.Module) -> None:
-    if any(parameter.is_meta for parameter in module.parameters()):
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         raise ValueError(
             f"model: {name} is on the meta device; give it storage before loading an adapter"
         )

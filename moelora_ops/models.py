@@ -1,124 +1,38 @@
 """Whole models: put adapters into any torch model, swap reference layers for fused ones."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import Tensor, nn
 
 from . import reference
-from .depth import NumberedLayer, numbered_layer
+from .companions import COMPANIONS, Companion, companions_of, root_of
+from .configs import AdapterConfig, MoLAConfig
 from .nn import AdapterLinear, MoLALinear
-from .nn.mola import check_arguments
 
-ALL_LINEAR = "all-linear"
 IMPLEMENTATIONS = ("fused", "reference")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclasses.dataclass(frozen=True)
-class MoLAConfig:
-    """MoLA for a whole model (2402.08562).
-
-    Args:
-        num_experts: one number for every layer; or a string of digits that divides the depth
-            evenly, ``"2468"`` by quarters (layer i of L takes ``digits[i * len(digits) // L]``); or
-            one number per layer.
-        rank, alpha, top_k, dropout, dropout_mode, renormalize: see
-            :class:`moelora_ops.nn.MoLALinear`.
-        target_modules: names of the linears to adapt, compared with the end of the qualified name;
-            or ``"all-linear"``, every linear inside the numbered layers.
-        adapter_dtype: of the new parameters; None takes each base layer's.
-
-    Raises:
-        TypeError, ValueError: a field is out of range; the message names it.
-    """
-
-    num_experts: str | int | Sequence[int] = "2468"
-    rank: int = 8
-    alpha: float = 16.0
-    top_k: int = 2
-    dropout: float = 0.0
-    dropout_mode: str = "token"
-    renormalize: bool = True
-    target_modules: str | Sequence[str] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
-    adapter_dtype: torch.dtype | None = None
-
-    def __post_init__(self):
-        experts = self.num_experts
-        if isinstance(experts, str):
-            if not experts or not set(experts) <= set("0123456789"):
-                raise ValueError(f"num_experts: wanted a string of digits, got {experts!r}")
-            per_layer = [int(digit) for digit in experts]
-        elif isinstance(experts, Sequence):
-            per_layer = list(experts)
-            if not per_layer:
-                raise ValueError("num_experts: wanted one int per layer, got an empty sequence")
-            object.__setattr__(self, "num_experts", tuple(per_layer))
-        else:
-            per_layer = [experts]
-        for number in per_layer:
-            check_arguments(
-                number, self.rank, self.alpha, self.top_k, self.dropout, self.dropout_mode
-            )
-        if not isinstance(self.renormalize, bool):
-            raise TypeError(f"renormalize: wanted a bool, got {self.renormalize!r}")
-        targets = self.target_modules
-        if targets != ALL_LINEAR:
-            names = [] if isinstance(targets, str) else list(targets)
-            if not names or not all(isinstance(name, str) and name for name in names):
-                raise ValueError(
-                    f"target_modules: wanted {ALL_LINEAR!r} or a sequence of module names, "
-                    f"got {targets!r}"
-                )
-            object.__setattr__(self, "target_modules", tuple(names))
-        check_dtype("adapter_dtype", self.adapter_dtype)
-
-    def layer_arguments(self, name: str, layer: NumberedLayer | None) -> dict[str, Any]:
-        """Constructor arguments, beside the base, of the adapter called `name` in `layer`."""
-        experts = self.num_experts
-        if not isinstance(experts, int):
-            if layer is None:
-                raise ValueError(
-                    f"num_experts: wanted one int, as {name} is outside the numbered layers and "
-                    f"has no depth; got {experts!r}"
-                )
-            if isinstance(experts, str):
-                if len(experts) > layer.depth:
-                    raise ValueError(
-                        f"num_experts: wanted at most {layer.depth} digits, as {name} sits in a "
-                        f"stack of {layer.depth} layers; got {experts!r}"
-                    )
-                experts = int(experts[layer.index * len(experts) // layer.depth])
-            else:
-                if len(experts) != layer.depth:
-                    raise ValueError(
-                        f"num_experts: wanted {layer.depth} entries, one per layer of the stack "
-                        f"that {name} sits in; got {len(experts)}"
-                    )
-                experts = experts[layer.index]
-        same = ("rank", "alpha", "top_k", "dropout", "dropout_mode", "renormalize")
-        return {"num_experts": experts, **{field: getattr(self, field) for field in same}}
 
 
 class Method(NamedTuple):
     """One row of the table of methods.
 
     Attributes:
-        config: its configuration; built from one layer's arguments it also validates them.
-        fused, reference: its layer classes; they take the same arguments and keep each as an
-            attribute.
-        arguments: the names of the arguments beside the base.
+        config: its configuration, which also checks a layer's arguments that come from a file.
+        fused, reference: its layer classes, with the same constructor and state_dict.
+        arguments: what a file has of a layer beside its tensors: attributes of both classes, plain
+            numbers, strings, bools and lists of these.
+        training_only: those of `arguments` that may differ between a file and the layers that are
+            already in a model, since they do not change what these compute.
+        companions: its companion classes, by the name that files have for them.
     """
 
-    config: type
+    config: type[AdapterConfig]
     fused: type[AdapterLinear]
     reference: type[nn.Module]
     arguments: tuple[str, ...]
+    training_only: tuple[str, ...] = ()
+    companions: Mapping[str, type[Companion]] = {}
 
 
 METHODS = {
@@ -127,6 +41,7 @@ METHODS = {
         MoLALinear,
         reference.MoLALinear,
         ("num_experts", "rank", "alpha", "top_k", "dropout", "dropout_mode", "renormalize"),
+        training_only=("dropout", "dropout_mode"),
     ),
 }
 
@@ -140,27 +55,46 @@ class AdaptedLayer(NamedTuple):
 
 
 def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
-    """Every adapted layer of `model`, fused or reference, in the order of its modules."""
+    """Every adapted layer of `model`, fused or reference, in the order of its modules.
+
+    What companions contain, or a layer beside its base, belongs to them and is not listed.
+    """
+    owned: tuple[str, ...] = ()
     for name, module in model.named_modules():
+        if module is getattr(root_of(model), COMPANIONS, None):
+            owned += (name + ".",)
+        inside = [owner for owner in owned if name.startswith(owner)]
+        if any(not name.startswith(owner + "base.") for owner in inside):
+            continue
         for key, method in METHODS.items():
             if isinstance(module, (method.fused, method.reference)):
+                owned += (name + "." if name else "",)
                 yield AdaptedLayer(name, module, key)
 
 
+def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state of an adapted layer or a companion, by name: everything but what its base has."""
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if not name.startswith("base.")}
+
+
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that adapters have brought into `model`: experts and routers, no bases."""
+    """The parameters that adapters have brought into `model`: experts, gates, routers; no bases."""
+    modules = [layer.module for layer in adapted_layers(model)]
     seen = set()
-    for layer in adapted_layers(model):
-        for parameter in layer.module.parameters(recurse=False):
-            if parameter not in seen:
-                seen.add(parameter)
-                yield parameter
+    for module in (*modules, *companions_of(model).values()):
+        for tensor in adapter_tensors(module).values():
+            if isinstance(tensor, nn.Parameter) and tensor not in seen:
+                seen.add(tensor)
+                yield tensor
 
 
-def apply(model: nn.Module, config: MoLAConfig, *, implementation: str = "fused") -> nn.Module:
+def apply(model: nn.Module, config: AdapterConfig, *, implementation: str = "fused") -> nn.Module:
     """Wrap the target linears of `model` in place and freeze everything else.
 
-    Everything is checked first; a call that raises leaves the model as it was.
+    Modules that the method has beside its layers, such as a shared router, come into
+    ``model.moelora_companions``.  Everything is checked first; a call that raises leaves the model
+    as it was.
 
     Args:
         model: any torch model.  A target is an ``nn.Linear`` or any module with integer
@@ -186,17 +120,13 @@ def apply(model: nn.Module, config: MoLAConfig, *, implementation: str = "fused"
     adapted = next(adapted_layers(model), None)
     if adapted is not None:
         raise ValueError(f"model: is already adapted ({adapted.name or 'the model itself'})")
-    names = _target_names(model, config.target_modules)
-    if not names:
-        raise ValueError(
-            f"target_modules: wanted linears of the model, but none matches {config.target_modules}"
-        )
-    arguments = {name: config.layer_arguments(name, numbered_layer(model, name)) for name in names}
+    arguments = config.layers(model)
     return install(
         model,
         {name: (method, kwargs) for name, kwargs in arguments.items()},
         implementation,
         config.adapter_dtype,
+        lambda device, dtype: config.companions(model, arguments, device=device, dtype=dtype),
     )
 
 
@@ -205,17 +135,23 @@ def install(
     layers: dict[str, tuple[Method, dict[str, Any]]],
     implementation: str,
     dtype: torch.dtype | None,
-    prepare: Callable[[str, nn.Module], None] = lambda name, layer: None,
+    companions: Callable[[torch.device, torch.dtype], dict[str, Companion]],
+    prepare: Callable[[str, nn.Module], None] = lambda name, module: None,
 ) -> nn.Module:
     """Replace the module of each name by its adapter, all or none, and freeze the rest.
 
     Args:
-        layers: per qualified name the method and its layer's validated arguments.
+        layers: per qualified name the method and its layer's validated constructor arguments.
         dtype: of the new parameters; None takes each base's.
-        prepare: called with each name and its new layer before the model changes.
+        companions: makes the companions, given the device and dtype of the first layer.
+        prepare: called with the qualified name of each new layer and companion, and the module,
+            before the model changes.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: wanted one of {IMPLEMENTATIONS}, got {implementation!r}")
+    root = root_of(model)
+    if hasattr(root, COMPANIONS):
+        raise ValueError(f"model: already has an attribute {COMPANIONS}")
     made: dict[nn.Module, tuple[nn.Module, dict[str, Any]]] = {}
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -225,17 +161,28 @@ def install(
                 layer = getattr(method, implementation)(base, **arguments, dtype=dtype)
                 prepare(name, layer)
                 made[base] = layer.train(base.training), arguments
-            elif made[base][1] != arguments:
-                raise ValueError(
-                    f"num_experts: {name} is also registered elsewhere in the model, at a depth "
-                    f"with other settings: {made[base][1]} and {arguments}"
-                )
+                continue
+            first = made[base][1]
+            for key, value in arguments.items():
+                if not _equal(value, first.get(key)):
+                    raise ValueError(
+                        f"{key}: {name} is also registered elsewhere in the model, where its value "
+                        f"differs: {first.get(key)!r:.60} and {value!r:.60}"
+                    )
+        tensors = (t for layer, _ in made.values() for t in adapter_tensors(layer).values())
+        like = next(t for t in tensors if t.is_floating_point())
+        new = companions(like.device, like.dtype)
+        for name, companion in new.items():
+            prepare(f"{COMPANIONS}.{name}", companion.train(model.training))
     except BaseException:
         for parameter, requires_grad in required:  # constructors freeze their base
             parameter.requires_grad_(requires_grad)
         raise
     model.requires_grad_(False)
     _replace(model, {base: layer for base, (layer, _) in made.items()})
+    if new:
+        setattr(root, COMPANIONS, nn.ModuleDict(new))
+        _attach(model)
     return model
 
 
@@ -264,44 +211,27 @@ def fuse(model: nn.Module) -> nn.Module:
         raise ValueError("model: has no reference layers to fuse")
     made = {layer: cls.from_reference(layer) for layer, cls in fused.items()}
     _replace(model, made)
+    _attach(model)
     return made.get(model, model)
 
 
-def check_dtype(name: str, dtype: torch.dtype | None) -> None:
-    if dtype not in (None, *_DTYPES):
-        raise ValueError(f"{name}: wanted None or one of {_DTYPES}, got {dtype!r}")
+def _attach(model: nn.Module) -> None:
+    """Connect every companion with the layers that are now in `model`."""
+    layers = list(adapted_layers(model))
+    for companion in companions_of(model).values():
+        for key, method in METHODS.items():
+            if type(companion) in method.companions.values():
+                own = {name: module for name, module, of in layers if of == key}
+                companion.attach(root_of(model), own)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can wrap `module`."""
-    # nn.MultiheadAttention reads this one's weight and never calls it.
-    return not isinstance(module, NonDynamicallyQuantizableLinear) and all(
-        isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")
-    )
-
-
-def _target_names(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
-    """Qualified names of the linears that `targets` means, outermost only."""
-    names: list[str] = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        if names and name.startswith(names[-1] + "."):
-            continue  # what is inside a target is its own business
-        if targets == ALL_LINEAR:
-            if is_linear(module) and name and numbered_layer(model, name) is not None:
-                names.append(name)
-        elif any(name == target or name.endswith("." + target) for target in targets):
-            if isinstance(module, NonDynamicallyQuantizableLinear):
-                raise TypeError(
-                    f"target_modules: {name} belongs to an nn.MultiheadAttention, which reads its "
-                    "weight and never calls it, so that experts would have no effect"
-                )
-            if not is_linear(module):
-                raise TypeError(
-                    "target_modules: wanted linears with integer in_features and out_features, "
-                    f"but {name} is {type(module).__name__}"
-                )
-            names.append(name)
-    return names
+def _equal(one: Any, other: Any) -> bool:
+    """Equality of arguments, which may hold tensors."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other or (type(one) is type(other) and torch.equal(one, other))
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other
 
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:

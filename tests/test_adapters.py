@@ -262,7 +262,8 @@ ARGUMENTS = ("modules", "layers.0.q_proj", "arguments")
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("wanted format version 1, got 2, written by moelora_ops", _set("format_version", 2)),
+        ("wanted format version 1 to 2, got 3, written by moelora_ops", _set("format_version", 3)),
+        ("wanted format version 1 to 2, got '2'", _set("format_version", "2")),
         ("is no index of an adapter", _set("format", "peft")),
         ("wanted modules to be of type dict", _set("modules", None)),
         ("modules is empty", _set("modules", {})),
