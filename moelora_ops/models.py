@@ -217,12 +217,13 @@ def fuse(model: nn.Module) -> nn.Module:
 
 def _attach(model: nn.Module) -> None:
     """Connect every companion with the layers that are now in `model`."""
+    model = root_of(model)
     layers = list(adapted_layers(model))
     for companion in companions_of(model).values():
         for key, method in METHODS.items():
             if type(companion) in method.companions.values():
                 own = {name: module for name, module, of in layers if of == key}
-                companion.attach(root_of(model), own)
+                companion.attach(model, own)
 
 
 def _equal(one: Any, other: Any) -> bool:
