@@ -78,6 +78,7 @@ class BuildExtension(build_ext):
         ]  # fmt: skip
         units = {
             "bindings_cpu": ("csrc/bindings_cpu.cpp", torch_flags),
+            "bindings_cpu_dense": ("csrc/bindings_cpu_dense.cpp", torch_flags),
             "dispatch": ("csrc/cpu/dispatch.cpp", []),
         }
         for level, flags in LEVELS.items():

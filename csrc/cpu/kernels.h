@@ -8,6 +8,9 @@
 
 #include <cstdint>
 
+#include "mix/gated.h"
+#include "mix/grid.h"
+#include "mix/output_gate.h"
 #include "mix/philox.h"
 
 namespace moelora {
@@ -67,7 +70,138 @@ struct TopkBackward : Topk {
   bool dense_router() const { return !renormalize || dprob_sums || dropout || stacked; }
 };
 
+// ---------------------------------------------------------------- dense mixes: every row of every
+// expert meets every token, as three products and a mix between them.
+
+// A matrix of skinny rows [count, columns]; ld elements between rows.
+struct RowBlock {
+  const void* rows;
+  int64_t count, ld;
+};
+constexpr int kRowBlocks = 2;
+
+// What the three products share: token rows v, or outputs y, against up to two blocks of rows, whose
+// coefficients lie one block after the other in a row of `h`.
+struct Dense {
+  int64_t T, C;                 // tokens, columns
+  RowBlock blocks[kRowBlocks];  // an absent one has count 0
+  void* h;                      // A [T, rows()], ldh
+  int64_t ldh;
+  const Dropout* dropout;  // null; otherwise one mask per token and column (expert 0)
+
+  int64_t rows() const { return blocks[0].count + blocks[1].count; }
+};
+struct DenseShrink : Dense {  // h[t, j] = <dropout(v_t), row_j>
+  const void* v;              // [T, C], ldv
+  int64_t ldv;
+};
+struct DenseExpand : Dense {  // y[t] (+)= dropout mask ⊙ Σ_j h[t, j] row_j; no 1 / (1 - p)
+  void* y;                    // [T, C], ldy
+  int64_t ldy;
+  const void* bias;  // [C] or null; only without accumulate
+  bool accumulate;   // start from what y holds
+};
+struct DenseOuter : Dense {  // row_j[c] = Σ_t h[t, j] dropout mask ⊙ v_t[c]; blocks are written
+  const void* v;             // [T, C], ldv
+  int64_t ldv;
+};
+
+// Which row of a table of weights a token reads.
+struct RowMap {
+  const int32_t* map;      // [T], or null: tokens in equal runs
+  int64_t tokens_per_row;  // length of a run
+  int64_t operator()(int64_t t) const { return map ? map[t] : t / tokens_per_row; }
+};
+
+// The mixes of T tokens in rank space.  A: accumulator type of the tensors.  hidden and, backward,
+// dhidden are [T, hidden_columns()]; mixed and dmixed [T, mixed_columns()]; dmixed may be the same
+// memory as mixed.
+struct Gated {
+  int E, r;
+  Activation activation;
+  double scale;
+  const void* down_bias;  // A [E, r] or null; forward adds it to hidden in place
+  bool up_bias;           // mixed has E more columns
+  const void* weights;    // A [rows, E]
+  RowMap row;
+  void *hidden, *mixed;
+  const void* dmixed;
+  void* dhidden;
+  double dhidden_scale;  // what dhidden is multiplied by besides: 1 / (1 - dropout)
+  void* dweights;        // A [T, E] or null
+
+  int hidden_columns() const { return E * r; }
+  int mixed_columns() const { return E * (r + (up_bias ? 1 : 0)); }
+};
+struct Grid {
+  GridShape shape;
+  double token_scale, task_scale, output_scale;  // a, b, s
+  const void* external;                          // A [rows, gates] or null
+  RowMap row;
+  void *hidden, *mixed;  // hidden: [r1 | gates]
+  const void* dmixed;
+  void* dhidden;
+  void* dscales;    // A [T, 3]
+  void* dexternal;  // A [T, gates] or null
+
+  int hidden_columns() const { return shape.r1 + shape.gates(); }
+  int mixed_columns() const { return shape.r2; }
+};
+struct Averaged {
+  int pairs, r;  // pairs: splits times experts
+  double scale;
+  const void* weights;  // A [rows, pairs]
+  RowMap row;
+  void *hidden, *mixed;
+  const void* dmixed;
+  void* dhidden;
+  void* dweights;  // A [T, pairs] or null
+
+  int hidden_columns() const { return pairs * r; }
+  int mixed_columns() const { return pairs * r; }
+};
+struct OutputGating {
+  int E, r;
+  Normalization normalization;
+  double tau, width;                                // width: N
+  const void *projection, *factors, *means, *scales;  // A, see mix/output_gate.h
+  const uint8_t* mask;                              // [E] or null
+  void *hidden, *mixed;
+  void* gates;  // A [T, E]
+  const void* dmixed;
+  const void* dgates;  // A [T, E] or null
+  void* dhidden;
+  void* normalized;  // A [T, input_columns()]
+  void* dlogits;     // A [T, E]
+  void* dtau;        // A [T]
+
+  int hidden_columns() const { return E * r; }
+  int mixed_columns() const { return E * r; }
+  int input_columns() const {
+    return E * r + (normalization == Normalization::kLayerNorm ? 1 : 0);
+  }
+};
+
+// Forward and backward of one mix for tokens [t0, t1).
+template <class M>
+struct MixKernels {
+  void (*forward)(const M&, int64_t t0, int64_t t1);
+  void (*backward)(const M&, int64_t t0, int64_t t1);
+};
+
+struct DenseKernels {
+  // Rows [r0, r1) of all blocks, for tokens [t0, t1).
+  void (*shrink)(const DenseShrink&, int64_t t0, int64_t t1, int64_t r0, int64_t r1);
+  void (*expand)(const DenseExpand&, int64_t t0, int64_t t1, int64_t c0, int64_t c1);
+  void (*outer)(const DenseOuter&, int64_t c0, int64_t c1);
+  MixKernels<Gated> gated;
+  MixKernels<Grid> grid;
+  MixKernels<Averaged> averaged;
+  MixKernels<OutputGating> output_gate;
+};
+
 struct Kernels {
+  DenseKernels dense;
   // Forward, token phase: logits, routing and hidden of tokens [t0, t1), t0 a multiple of
   // kTokenUnit.
   void (*topk_tokens)(const TopkForward&, int64_t t0, int64_t t1);

@@ -1,6 +1,7 @@
 // The CPU kernels of one ISA level.  setup.py compiles this file once per level with that level's
 // flags and -DMOELORA_LEVEL=<name>; everything it includes lives in a namespace of that name.
 
+#include "cpu/dense.h"
 #include "cpu/kernels.h"
 #include "cpu/topk.h"
 
@@ -18,8 +19,8 @@ static void small_linear_any(const void* x, int64_t ldx, int64_t tokens, const v
 template <class T>
 static constexpr Kernels table() {
   using K = TopkKernels<T>;
-  return {K::tokens,          K::expand,        K::logits,      K::route,           K::hidden,
-          K::backward_tokens, K::backward_down, K::backward_up, small_linear_any<T>};
+  return {dense_table<T>(),   K::tokens,          K::expand,        K::logits,      K::route,
+          K::hidden,          K::backward_tokens, K::backward_down, K::backward_up, small_linear_any<T>};
 }
 
 extern const Kernels kTables[4] = {table<float>(), table<BFloat16>(), table<Float16>(),

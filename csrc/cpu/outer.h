@@ -3,6 +3,7 @@
 // on the tokens only and not on the threads, which split the columns.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cpu/scratch.h"
@@ -162,6 +163,35 @@ void outer(int64_t n, const T** v, const acc_t<T>* const* coefficient, int rows,
         for (int64_t j = 0; j < left; ++j) o[i * ldo + whole - c0 + j] += tail[i * O::kColumns + j];
     }
     first += count;
+  }
+}
+
+// Token rows per block of the outer products: as long as the gathered rows' columns stay in L2.
+inline int64_t outer_block(int rows) { return rows <= 2 ? 128 : 256; }
+
+// Weight gradients, columns [c0, c1) of `rows` rows: fill(a, b, sums, lds) adds to the zeroed
+// accumulators sums [rows, b - a], which are then rounded to the rows at `destination`.
+template <class T, class Fill>
+void accumulate_rows(int64_t rows, int64_t c0, int64_t c1, const Fill& fill,
+                     T* const* destination) {
+  using A = acc_t<T>;
+  // A chunk of columns keeps the sums and a block of token rows in L2.
+  constexpr int64_t kSums = 1 << 17, kLeast = 128, kMost = 1024;
+  const int64_t chunk =
+      std::max(kLeast, std::min(kMost, kSums / std::max<int64_t>(rows, 1) / kLeast * kLeast));
+  static thread_local Scratch<A> scratch;
+  for (int64_t a = c0; a < c1; a += chunk) {
+    const int64_t b = std::min(c1, a + chunk), width = b - a;
+    A* sums = scratch.take(rows * width);
+    std::fill(sums, sums + rows * width, A(0));
+    fill(a, b, sums, width);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* to = destination[i] + a;
+      const A* from = sums + i * width;
+      int64_t c = 0;
+      for (; c + kLanes<A> <= width; c += kLanes<A>) store(to + c, load(from + c));
+      for (; c < width; ++c) to[c] = from_acc<T>(from[c]);
+    }
   }
 }
 

@@ -278,32 +278,6 @@ class TopkKernels {
 
   // ---------------------------------------------------------------- outer products with token rows
 
-  // Where a row of a weight gradient is summed: the gradient itself, or an accumulator that is
-  // rounded to it.
-  template <class Fill>
-  static void accumulate_rows(int64_t rows, int64_t c0, int64_t c1, const Fill& fill,
-                              T* const* destination) {
-    // A chunk of columns keeps the sums and a block of token rows in L2.
-    constexpr int64_t kColumns = 1024;
-    static thread_local Scratch<A> scratch;
-    for (int64_t a = c0; a < c1; a += kColumns) {
-      const int64_t b = std::min(c1, a + kColumns), width = b - a;
-      A* sums = scratch.take(rows * width);
-      std::fill(sums, sums + rows * width, A(0));
-      fill(a, b, sums, width);
-      for (int64_t i = 0; i < rows; ++i) {
-        T* to = destination[i] + a;
-        const A* from = sums + i * width;
-        int64_t c = 0;
-        for (; c + kLanes<A> <= width; c += kLanes<A>) store(to + c, load(from + c));
-        for (; c < width; ++c) to[c] = from_acc<T>(from[c]);
-      }
-    }
-  }
-
-  // Token rows per block of the outer products: as long as the gathered rows' columns stay in L2.
-  static int64_t outer_block(int rows) { return rows <= 2 ? 128 : 256; }
-
   // sums[e * per_slot + j, c] += Σ_t h[t, slot of e, j] v[t, c] over the tokens that chose e.
   //   masked  v is seen under the dropout mask, as 0 or v
   static void outer_experts(const Topk& p, const T* v, int64_t ldv, const A* h, int per_slot,
@@ -457,7 +431,7 @@ class TopkKernels {
         destination.push_back(static_cast<T*>(p.dlora_down) + (e * p.r + j) * p.K);
       if (!dense_router) destination.push_back(static_cast<T*>(p.drouter) + e * p.K);
     }
-    accumulate_rows(
+    accumulate_rows<T>(
         static_cast<int64_t>(destination.size()), c0, c1,
         [&](int64_t a, int64_t b, A* sums, int64_t width) {
           outer_experts(p, in(p.x), p.ldx, acc(p.dhidden), per_slot(p), masked, a, b, sums, width);
@@ -466,7 +440,7 @@ class TopkKernels {
     if (!dense_router) return;
     destination.clear();
     for (int64_t e = 0; e < p.E; ++e) destination.push_back(static_cast<T*>(p.drouter) + e * p.K);
-    accumulate_rows(
+    accumulate_rows<T>(
         p.E, c0, c1,
         [&](int64_t a, int64_t b, A* sums, int64_t width) {
           outer_rows(p, in(p.x), p.ldx, acc(p.dlogits), a, b, sums, width);
@@ -478,7 +452,7 @@ class TopkKernels {
     std::vector<T*> destination;
     for (int64_t i = 0; i < static_cast<int64_t>(p.E) * p.r; ++i)
       destination.push_back(static_cast<T*>(p.dlora_up) + i * p.N);
-    accumulate_rows(
+    accumulate_rows<T>(
         static_cast<int64_t>(destination.size()), c0, c1,
         [&](int64_t a, int64_t b, A* sums, int64_t width) {
           outer_experts(p, in(p.dy), p.lddy, acc(p.hidden_out), p.r, false, a, b, sums, width);

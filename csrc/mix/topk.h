@@ -3,30 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#include "mix/exp.h"
-#include "mix/host_device.h"
+#include "mix/softmax.h"
 
 namespace moelora {
-
-// Integers in the order of the floats, so that a comparison cannot be defeated by NaN: NaN ranks
-// highest, as in torch.topk, and -0 equals +0.
-MOELORA_HD int32_t order_key(float v) {
-  if (v != v) return INT32_MAX;
-  v += 0.0f;
-  int32_t bits;
-  memcpy(&bits, &v, sizeof bits);
-  return bits ^ ((bits >> 31) & INT32_MAX);
-}
-
-MOELORA_HD int64_t order_key(double v) {
-  if (v != v) return INT64_MAX;
-  v += 0.0;
-  int64_t bits;
-  memcpy(&bits, &v, sizeof bits);
-  return bits ^ ((bits >> 63) & INT64_MAX);
-}
 
 // One token's choice.  Ties go to the lower index.
 //   logits   [E]
@@ -62,18 +42,6 @@ MOELORA_HD void topk_forward_row(const A* logits, int E, int k, bool renormalize
   for (int e = 0; e < E; ++e) probs[e] /= total;
 }
 
-// Full softmax of one token, for the gradients that need it.
-template <class A>
-MOELORA_HD void softmax_row(const A* logits, int E, A* probs) {
-  A largest = logits[0];
-  for (int e = 1; e < E; ++e)
-    if (order_key(logits[e]) > order_key(largest)) largest = logits[e];
-  A total = 0;
-  for (int e = 0; e < E; ++e) probs[e] = exp_nonpositive(logits[e] - largest);
-  for (int e = 0; e < E; ++e) total += probs[e];
-  for (int e = 0; e < E; ++e) probs[e] /= total;
-}
-
 // dweights[s] = scale <dH'_s, H_s>: how the loss moves with the weight of slot s.  Rows are r long.
 template <class A>
 MOELORA_HD A dweight_row(const A* dhidden_out, const A* hidden, int r, A scale) {
@@ -90,15 +58,6 @@ MOELORA_HD void topk_backward_selected(const A* weights, const A* dweights, int 
   A mean = 0;
   for (int s = 0; s < k; ++s) mean += weights[s] * dweights[s];
   for (int s = 0; s < k; ++s) dlogits[s] = weights[s] * (dweights[s] - mean);
-}
-
-// The full softmax's backward: dlogits_e = p_e (dp_e - Σ p dp), added to dlogits [E].
-//   dprobs [E]: the gradient of probs
-template <class A>
-MOELORA_HD void softmax_backward_row(const A* probs, const A* dprobs, int E, A* dlogits) {
-  A mean = 0;
-  for (int e = 0; e < E; ++e) mean += probs[e] * dprobs[e];
-  for (int e = 0; e < E; ++e) dlogits[e] += probs[e] * (dprobs[e] - mean);
 }
 
 }  // namespace moelora

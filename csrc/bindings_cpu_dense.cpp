@@ -1,0 +1,757 @@
+// The operators of the dense mixes on CPU tensors (schemas: moelora_ops/ops.py): three products and
+// the mix between them, see cpu/kernels.h.  Arguments were validated in Python; what is checked here
+// would corrupt memory.
+
+#include <cmath>
+
+#include "bindings_common.h"
+#include "cpu/scalar.h"
+
+namespace {
+
+using namespace moelora::tensors;
+using moelora::Averaged;
+using moelora::DenseExpand;
+using moelora::DenseKernels;
+using moelora::DenseOuter;
+using moelora::DenseShrink;
+using moelora::Gated;
+using moelora::Grid;
+using moelora::kTokenUnit;
+using moelora::MixKernels;
+using moelora::OutputGating;
+using moelora::RowBlock;
+using moelora::RowMap;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---------------------------------------------------------------- running
+
+// Rows of a product that one thread takes at least.
+constexpr int64_t kRowUnit = 8;
+
+// x to hidden to mixed to y; the lists hold one product per window of columns.
+template <class Mix>
+void run_forward(const DenseKernels& kernels, const std::vector<DenseShrink>& shrinks,
+                 const MixKernels<Mix>& mix_kernels, const Mix& mix,
+                 const std::vector<DenseExpand>& expands) {
+  const int64_t T = shrinks[0].T;
+  if (T == 0) return;
+  if (T < kSmallT) {
+    for (const DenseShrink& p : shrinks)
+      split(p.rows(), T * p.rows() * p.C > kSerialProducts ? kRowUnit : p.rows(),
+            [&](int64_t r0, int64_t r1) { kernels.shrink(p, 0, T, r0, r1); });
+    mix_kernels.forward(mix, 0, T);
+  } else {
+    split(T, kTokenUnit, [&](int64_t t0, int64_t t1) {
+      for (const DenseShrink& p : shrinks) kernels.shrink(p, t0, t1, 0, p.rows());
+      mix_kernels.forward(mix, t0, t1);
+      if (T > kColumnSplitT)
+        for (const DenseExpand& p : expands) kernels.expand(p, t0, t1, 0, p.C);
+    });
+    if (T > kColumnSplitT) return;
+  }
+  for (const DenseExpand& p : expands)
+    split(p.C, kColumnUnit, [&](int64_t c0, int64_t c1) { kernels.expand(p, 0, T, c0, c1); });
+}
+
+// dy to dmixed to dhidden to dx, then the weights' gradients.
+template <class Mix>
+void run_backward(const DenseKernels& kernels, const std::vector<DenseShrink>& shrinks,
+                  const MixKernels<Mix>& mix_kernels, const Mix& mix,
+                  const std::vector<DenseExpand>& expands, const std::vector<DenseOuter>& outers) {
+  split(shrinks[0].T, kTokenUnit, [&](int64_t t0, int64_t t1) {
+    for (const DenseShrink& p : shrinks) kernels.shrink(p, t0, t1, 0, p.rows());
+    mix_kernels.backward(mix, t0, t1);
+    for (const DenseExpand& p : expands) kernels.expand(p, t0, t1, 0, p.C);
+  });
+  for (const DenseOuter& p : outers)
+    split(p.C, kColumnUnit, [&](int64_t c0, int64_t c1) { kernels.outer(p, c0, c1); });
+}
+
+// ---------------------------------------------------------------- checking and pointing
+
+// Calls f with a value of the element type.
+template <class F>
+void with_element(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float());
+    case DType::kBFloat16: return f(moelora::BFloat16());
+    case DType::kFloat16: return f(moelora::Float16());
+    case DType::kFloat64: return f(double());
+  }
+}
+
+// A tensor in the accumulator type of x, contiguous and of the given shape; null if absent.
+const void* read_wide(const OptionalTensor& t, const Tensor& x, const std::vector<int64_t>& shape,
+                      const char* name) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == accumulator_of(x), name, ": wanted the accumulator's dtype");
+  STD_TORCH_CHECK(shape_of(*t) == shape, name, ": has a shape that does not fit the others");
+  check_contiguous(*t, name);
+  return t->const_data_ptr();
+}
+
+// A parameter in x's dtype, contiguous and of the given shape; null if absent.
+const void* read_like(const OptionalTensor& t, const Tensor& x, const std::vector<int64_t>& shape,
+                      const char* name) {
+  if (!t) return nullptr;
+  check_like(*t, x, shape, name);
+  check_contiguous(*t, name);
+  return t->const_data_ptr();
+}
+
+// A table [rows, columns] and which of its rows a token reads.
+RowMap row_map_of(const OptionalTensor& map, int64_t rows, int64_t T) {
+  if (!map) {
+    STD_TORCH_CHECK(T == 0 || (rows > 0 && T % rows == 0),
+                    "weights: wanted a number of rows that divides the tokens, or a row_map");
+    return {nullptr, T == 0 ? 1 : T / rows};
+  }
+  STD_TORCH_CHECK(map->scalar_type() == ScalarType::Int && map->numel() == T,
+                  "row_map: wanted one int32 per token");
+  check_contiguous(*map, "row_map");
+  const int32_t* index = static_cast<const int32_t*>(map->const_data_ptr());
+  for (int64_t t = 0; t < T; ++t)
+    STD_TORCH_CHECK(0 <= index[t] && index[t] < rows, "row_map: wanted values in [0, ", rows,
+                    "), got ", index[t], " at ", t);
+  return {index, 1};
+}
+
+// dweights [rows, n] from each token's share [T, n], in the order of the tokens.
+Tensor sum_rows(const Tensor& per_token, const RowMap& row, int64_t rows) {
+  const int64_t T = per_token.size(0), n = per_token.size(1);
+  if (!row.map && row.tokens_per_row == 1 && rows == T) return per_token;
+  Tensor out = empty({rows, n}, per_token.scalar_type());
+  with_element(dtype_of(per_token), [&](auto element) {
+    using A = decltype(element);
+    if constexpr (std::is_floating_point_v<A>) {
+      A* sums = data<A>(out);
+      const A* share = static_cast<const A*>(per_token.const_data_ptr());
+      std::fill(sums, sums + rows * n, A(0));
+      for (int64_t t = 0; t < T; ++t)
+        for (int64_t j = 0; j < n; ++j) sums[row(t) * n + j] += share[t * n + j];
+    }
+  });
+  return out;
+}
+
+// The experts of one call: x [T, K], lora_down [E, r, K], lora_up [E, r, N].
+struct Experts {
+  int64_t T, K, N, E, r;
+  Rows x;
+};
+Experts experts_of(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up) {
+  STD_TORCH_CHECK(lora_down.dim() == 3 && lora_up.dim() == 3,
+                  "lora_down, lora_up: wanted 3 dimensions");
+  Experts e;
+  e.x = rows_of(x, "x");
+  e.T = e.x.count;
+  e.E = lora_down.size(0), e.r = lora_down.size(1), e.K = lora_down.size(2), e.N = lora_up.size(2);
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == e.K, "x: wanted last dimension ", e.K);
+  check_like(lora_down, x, {e.E, e.r, e.K}, "lora_down");
+  check_like(lora_up, x, {e.E, e.r, e.N}, "lora_up");
+  check_contiguous(lora_down, "lora_down");
+  check_contiguous(lora_up, "lora_up");
+  return e;
+}
+
+// y (or dx) [..., columns], written in place.
+Rows check_output(const Tensor& y, const Tensor& x, int64_t columns, const char* name) {
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = columns;
+  check_like(y, x, shape, name);
+  return rows_of(y, name);
+}
+
+DenseShrink shrink_of(const Rows& rows, const void* v, int64_t columns, RowBlock first,
+                      RowBlock second, void* h, const Dropout* dropout = nullptr) {
+  DenseShrink p{};
+  p.T = rows.count, p.C = columns;
+  p.blocks[0] = first, p.blocks[1] = second;
+  p.h = h, p.ldh = first.count + second.count;
+  p.dropout = dropout;
+  p.v = v, p.ldv = rows.stride;
+  return p;
+}
+DenseExpand expand_of(const Rows& rows, void* y, int64_t columns, RowBlock first, RowBlock second,
+                      void* h, const void* bias, bool accumulate,
+                      const Dropout* dropout = nullptr) {
+  DenseExpand p{};
+  p.T = rows.count, p.C = columns;
+  p.blocks[0] = first, p.blocks[1] = second;
+  p.h = h, p.ldh = first.count + second.count;
+  p.dropout = dropout;
+  p.y = y, p.ldy = rows.stride;
+  p.bias = bias, p.accumulate = accumulate;
+  return p;
+}
+DenseOuter outer_of(const DenseShrink& s, RowBlock first, RowBlock second, void* h) {
+  DenseOuter p{};
+  p.T = s.T, p.C = s.C;
+  p.blocks[0] = first, p.blocks[1] = second;
+  p.h = h, p.ldh = s.ldh;
+  p.dropout = s.dropout;
+  p.v = s.v, p.ldv = s.ldv;
+  return p;
+}
+
+// An uninitialised tensor like `t`, or an empty one if it is not wanted.
+Tensor gradient_like(const Tensor& t, bool wanted) {
+  return empty(wanted ? shape_of(t) : std::vector<int64_t>{0}, t.scalar_type());
+}
+Tensor gradient_like(const OptionalTensor& t, const Tensor& x, bool wanted) {
+  return empty(t && wanted ? shape_of(*t) : std::vector<int64_t>{0}, x.scalar_type());
+}
+
+// ---------------------------------------------------------------- gated
+
+// What both directions of the gated mix share.
+struct GatedCall {
+  Experts e;
+  Gated mix{};
+  std::optional<Dropout> masks;
+  RowBlock down, up, up_bias{};
+};
+GatedCall gated_call(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+                     const OptionalTensor& up_bias, const Tensor& weights,
+                     const OptionalTensor& row_map, const OptionalTensor& seed, double scale,
+                     int64_t activation, double dropout) {
+  GatedCall c;
+  c.e = experts_of(x, lora_down, lora_up);
+  const Experts& e = c.e;
+  STD_TORCH_CHECK(0 <= activation && activation < moelora::kActivations,
+                  "activation: is no activation");
+  STD_TORCH_CHECK(weights.dim() == 2, "weights: wanted 2 dimensions");
+  c.mix.E = static_cast<int>(e.E), c.mix.r = static_cast<int>(e.r);
+  c.mix.activation = static_cast<moelora::Activation>(activation);
+  c.mix.scale = scale;
+  c.mix.weights = read_wide(weights, x, {weights.size(0), e.E}, "weights");
+  c.mix.row = row_map_of(row_map, weights.size(0), e.T);
+  c.down = {read(lora_down), e.E * e.r, e.K};
+  c.up = {read(lora_up), e.E * e.r, e.N};
+  if (up_bias) c.up_bias = {read_like(up_bias, x, {e.E, e.N}, "up_bias"), e.E, e.N};
+  c.mix.up_bias = up_bias.has_value();
+  c.masks = make_dropout(seed, dropout);
+  c.mix.dhidden_scale = c.masks ? c.masks->inv_keep : 1;
+  return c;
+}
+
+Tensor gated_forward(const Tensor& x, const Tensor& lora_down, const OptionalTensor& down_bias,
+                     const Tensor& lora_up, const OptionalTensor& up_bias, const Tensor& weights,
+                     const OptionalTensor& row_map, const OptionalTensor& bias,
+                     const OptionalTensor& seed, const Tensor& y, double scale, int64_t activation,
+                     double dropout, bool accumulate) {
+  GatedCall c = gated_call(x, lora_down, lora_up, up_bias, weights, row_map, seed, scale,
+                           activation, dropout);
+  const Experts& e = c.e;
+  const Dropout* masks = c.masks ? &*c.masks : nullptr;
+  const ScalarType wide = accumulator_of(x);
+  Tensor hidden = empty({e.T, e.E * e.r}, wide);
+  Tensor workspace = empty({e.T * c.mix.mixed_columns() + e.E * e.r}, wide);
+  c.mix.hidden = data<void>(hidden);
+  c.mix.mixed = data<void>(workspace);
+  if (down_bias) {
+    const void* from = read_like(down_bias, x, {e.E, e.r}, "down_bias");
+    with_element(dtype_of(x), [&](auto element) {
+      using T = decltype(element);
+      auto* to = data<moelora::acc_t<T>>(workspace) + e.T * c.mix.mixed_columns();
+      for (int64_t j = 0; j < e.E * e.r; ++j)
+        to[j] = moelora::to_acc(static_cast<const T*>(from)[j]);
+      c.mix.down_bias = to;
+    });
+  }
+  const Rows out = check_output(y, x, e.N, "y");
+  const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
+  run_forward(kernels.dense, {shrink_of(e.x, read(x), e.K, c.down, {}, c.mix.hidden, masks)},
+              kernels.dense.gated, c.mix,
+              {expand_of(out, data<void>(y), e.N, c.up, c.up_bias, c.mix.mixed,
+                         read_like(bias, x, {e.N}, "bias"), accumulate)});
+  return hidden;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& lora_down, const OptionalTensor& down_bias,
+    const Tensor& lora_up, const OptionalTensor& up_bias, const Tensor& weights,
+    const OptionalTensor& row_map, const OptionalTensor& seed, const Tensor& hidden,
+    const Tensor& dx, double scale, int64_t activation, double dropout, bool accumulate,
+    bool need_dx, bool need_dparams, bool need_dweights) {
+  GatedCall c = gated_call(x, lora_down, lora_up, up_bias, weights, row_map, seed, scale,
+                           activation, dropout);
+  const Experts& e = c.e;
+  const Dropout* masks = c.masks ? &*c.masks : nullptr;
+  const ScalarType wide = accumulator_of(x);
+  const Rows dys = check_output(dy, x, e.N, "dy");
+  c.mix.hidden = const_cast<void*>(read_wide(hidden, x, {e.T, e.E * e.r}, "hidden"));
+  // dmixed, overwritten by mixed; then dhidden.
+  Tensor mixed = empty({e.T, c.mix.mixed_columns()}, wide), dhidden = empty({e.T, e.E * e.r}, wide);
+  Tensor shares = empty({need_dweights ? e.T : 0, e.E}, wide);
+  c.mix.dmixed = data<void>(mixed);
+  c.mix.dhidden = data<void>(dhidden);
+  if (need_dweights) c.mix.dweights = data<void>(shares);
+  if (need_dparams) c.mix.mixed = data<void>(mixed);
+
+  Tensor dlora_down = gradient_like(lora_down, need_dparams);
+  Tensor dlora_up = gradient_like(lora_up, need_dparams);
+  Tensor ddown_bias = gradient_like(down_bias, x, need_dparams);
+  Tensor dup_bias = gradient_like(up_bias, x, need_dparams);
+  const DenseShrink of_dy =
+      shrink_of(dys, read(dy), e.N, c.up, c.up_bias, data<void>(mixed));
+  std::vector<DenseExpand> expands;
+  if (need_dx)
+    expands.push_back(expand_of(check_output(dx, x, e.K, "dx"), data<void>(dx), e.K, c.down, {},
+                                data<void>(dhidden), nullptr, accumulate, masks));
+  std::vector<DenseOuter> outers;
+  if (need_dparams) {
+    RowBlock dbias = c.up_bias;
+    dbias.rows = read(dup_bias);
+    outers.push_back(outer_of(of_dy, {read(dlora_up), c.up.count, e.N}, dbias, data<void>(mixed)));
+    outers.push_back(outer_of(shrink_of(e.x, read(x), e.K, c.down, {}, nullptr, masks),
+                              {read(dlora_down), c.down.count, e.K}, {}, data<void>(dhidden)));
+  }
+  const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
+  run_backward(kernels.dense, {of_dy}, kernels.dense.gated, c.mix, expands, outers);
+
+  if (need_dparams && down_bias)
+    with_element(dtype_of(x), [&](auto element) {
+      using T = decltype(element);
+      using A = moelora::acc_t<T>;
+      const A* share = static_cast<const A*>(dhidden.const_data_ptr());
+      for (int64_t j = 0; j < e.E * e.r; ++j) {
+        A sum = 0;
+        for (int64_t t = 0; t < e.T; ++t) sum += share[t * e.E * e.r + j];
+        data<T>(ddown_bias)[j] = moelora::from_acc<T>(sum / static_cast<A>(c.mix.dhidden_scale));
+      }
+    });
+  Tensor dweights = need_dweights ? sum_rows(shares, c.mix.row, weights.size(0)) : shares;
+  return {dlora_down, ddown_bias, dlora_up, dup_bias, dweights};
+}
+
+// ---------------------------------------------------------------- grid
+
+// The learned scalars ω = σ(100 omega) and β = σ(100 beta), and the derivative of σ(100 ·).
+double sharp_sigmoid(double v) { return 1 / (1 + std::exp(-100 * v)); }
+double sharp_sigmoid_slope(double v) { return 100 * sharp_sigmoid(v) * sharp_sigmoid(-v); }
+
+double scalar_of(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == x.scalar_type(), name,
+                  ": wanted one element of x's dtype");
+  double value = 0;
+  with_element(dtype_of(x), [&](auto element) {
+    value = moelora::to_acc(*static_cast<const decltype(element)*>(t.const_data_ptr()));
+  });
+  return value;
+}
+
+struct GridCall {
+  int64_t T, K, N, r1, r2, gates;
+  Rows x;
+  Grid mix{};
+  RowBlock down, router, up;
+  double omega, beta;
+};
+GridCall grid_call(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+                   const Tensor& router, const Tensor& omega, const Tensor& beta,
+                   const OptionalTensor& intuition, const OptionalTensor& row_map,
+                   double token_scale, double task_scale, bool diagonal) {
+  STD_TORCH_CHECK(lora_down.dim() == 2 && lora_up.dim() == 2,
+                  "lora_down, lora_up: wanted 2 dimensions");
+  GridCall c;
+  c.x = rows_of(x, "x");
+  c.T = c.x.count;
+  c.r1 = lora_down.size(0), c.K = lora_down.size(1), c.r2 = lora_up.size(0), c.N = lora_up.size(1);
+  STD_TORCH_CHECK(c.r1 > 0 && c.r2 > 0 && (!diagonal || c.r1 == c.r2),
+                  "lora_down, lora_up: have ranks that do not fit");
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == c.K, "x: wanted last dimension ", c.K);
+  c.mix.shape = {static_cast<int>(c.r1), static_cast<int>(c.r2), diagonal};
+  c.gates = c.mix.shape.gates();
+  c.down = {read_like(lora_down, x, {c.r1, c.K}, "lora_down"), c.r1, c.K};
+  c.router = {read_like(router, x, {c.gates, c.K}, "router"), c.gates, c.K};
+  c.up = {read_like(lora_up, x, {c.r2, c.N}, "lora_up"), c.r2, c.N};
+  c.omega = scalar_of(omega, x, "omega");
+  c.beta = scalar_of(beta, x, "beta");
+  c.mix.token_scale = token_scale * sharp_sigmoid(c.omega);
+  c.mix.task_scale = task_scale * sharp_sigmoid(-c.omega);
+  c.mix.output_scale = sharp_sigmoid(c.beta);
+  if (intuition) {
+    STD_TORCH_CHECK(intuition->dim() == 2, "intuition: wanted 2 dimensions");
+    c.mix.external = read_wide(intuition, x, {intuition->size(0), c.gates}, "intuition");
+  }
+  c.mix.row = intuition ? row_map_of(row_map, intuition->size(0), c.T) : RowMap{nullptr, 1};
+  return c;
+}
+
+Tensor grid_forward(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+                    const Tensor& router, const Tensor& omega, const Tensor& beta,
+                    const OptionalTensor& intuition, const OptionalTensor& row_map,
+                    const OptionalTensor& bias, const Tensor& y, double token_scale,
+                    double task_scale, bool diagonal, bool accumulate) {
+  GridCall c = grid_call(x, lora_down, lora_up, router, omega, beta, intuition, row_map,
+                         token_scale, task_scale, diagonal);
+  const ScalarType wide = accumulator_of(x);
+  Tensor hidden = empty({c.T, c.mix.hidden_columns()}, wide), mixed = empty({c.T, c.r2}, wide);
+  c.mix.hidden = data<void>(hidden);
+  c.mix.mixed = data<void>(mixed);
+  const Rows out = check_output(y, x, c.N, "y");
+  const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
+  run_forward(kernels.dense, {shrink_of(c.x, read(x), c.K, c.down, c.router, c.mix.hidden)},
+              kernels.dense.grid, c.mix,
+              {expand_of(out, data<void>(y), c.N, c.up, {}, c.mix.mixed,
+                         read_like(bias, x, {c.N}, "bias"), accumulate)});
+  return hidden;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grid_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+    const Tensor& router, const Tensor& omega, const Tensor& beta, const OptionalTensor& intuition,
+    const OptionalTensor& row_map, const Tensor& hidden, const Tensor& dx, double token_scale,
+    double task_scale, bool diagonal, bool accumulate, bool need_dx, bool need_dparams,
+    bool need_dintuition) {
+  GridCall c = grid_call(x, lora_down, lora_up, router, omega, beta, intuition, row_map,
+                         token_scale, task_scale, diagonal);
+  need_dintuition = need_dintuition && intuition;
+  const ScalarType wide = accumulator_of(x);
+  const Rows dys = check_output(dy, x, c.N, "dy");
+  c.mix.hidden = const_cast<void*>(read_wide(hidden, x, {c.T, c.mix.hidden_columns()}, "hidden"));
+  Tensor mixed = empty({c.T, c.r2}, wide), dhidden = empty({c.T, c.mix.hidden_columns()}, wide);
+  Tensor dscales = empty({c.T, 3}, wide);
+  Tensor shares = empty({need_dintuition ? c.T : 0, c.gates}, wide);
+  c.mix.dmixed = c.mix.mixed = data<void>(mixed);
+  c.mix.dhidden = data<void>(dhidden);
+  c.mix.dscales = data<void>(dscales);
+  if (need_dintuition) c.mix.dexternal = data<void>(shares);
+
+  Tensor dlora_down = gradient_like(lora_down, need_dparams);
+  Tensor dlora_up = gradient_like(lora_up, need_dparams);
+  Tensor drouter = gradient_like(router, need_dparams);
+  Tensor domega = gradient_like(omega, need_dparams), dbeta = gradient_like(beta, need_dparams);
+  const DenseShrink of_dy = shrink_of(dys, read(dy), c.N, c.up, {}, data<void>(mixed));
+  std::vector<DenseExpand> expands;
+  if (need_dx)
+    expands.push_back(expand_of(check_output(dx, x, c.K, "dx"), data<void>(dx), c.K, c.down,
+                                c.router, data<void>(dhidden), nullptr, accumulate));
+  std::vector<DenseOuter> outers;
+  if (need_dparams) {
+    outers.push_back(outer_of(of_dy, {read(dlora_up), c.r2, c.N}, {}, data<void>(mixed)));
+    outers.push_back(outer_of(shrink_of(c.x, read(x), c.K, c.down, c.router, nullptr),
+                              {read(dlora_down), c.r1, c.K}, {read(drouter), c.gates, c.K},
+                              data<void>(dhidden)));
+  }
+  const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
+  run_backward(kernels.dense, {of_dy}, kernels.dense.grid, c.mix, expands, outers);
+
+  if (need_dparams)
+    with_element(dtype_of(x), [&](auto element) {
+      using T = decltype(element);
+      using A = moelora::acc_t<T>;
+      const A* share = static_cast<const A*>(dscales.const_data_ptr());
+      double token = 0, task = 0, output = 0;
+      for (int64_t t = 0; t < c.T; ++t, share += 3)
+        token += share[0], task += share[1], output += share[2];
+      const double slope = sharp_sigmoid_slope(c.omega);
+      *data<T>(domega) = moelora::from_acc<T>(
+          static_cast<A>(slope * (token_scale * token - task_scale * task)));
+      *data<T>(dbeta) = moelora::from_acc<T>(static_cast<A>(sharp_sigmoid_slope(c.beta) * output));
+    });
+  Tensor dintuition = need_dintuition ? sum_rows(shares, c.mix.row, intuition->size(0)) : shares;
+  return {dlora_down, dlora_up, drouter, domega, dbeta, dintuition};
+}
+
+// ---------------------------------------------------------------- averaged
+
+struct AveragedCall {
+  Experts e;
+  Averaged mix{};
+  int64_t Q;
+};
+AveragedCall averaged_call(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+                           const Tensor& weights, const OptionalTensor& row_map, int64_t splits,
+                           double scale) {
+  AveragedCall c;
+  c.e = experts_of(x, lora_down, lora_up);
+  c.Q = splits;
+  STD_TORCH_CHECK(splits > 0 && c.e.K % splits == 0 && c.e.N % splits == 0,
+                  "splits: wanted a divisor of in_features and out_features, got ", splits);
+  STD_TORCH_CHECK(weights.dim() == 2, "weights: wanted 2 dimensions");
+  c.mix.pairs = static_cast<int>(splits * c.e.E), c.mix.r = static_cast<int>(c.e.r);
+  c.mix.scale = scale;
+  c.mix.weights = read_wide(weights, x, {weights.size(0), splits * c.e.E}, "weights");
+  c.mix.row = row_map_of(row_map, weights.size(0), c.e.T);
+  return c;
+}
+
+// Segment q of the features meets columns [q E r, (q + 1) E r) of hidden and mixed, and the same
+// segment of every expert's rows.
+struct Segments {
+  int64_t Q, count, element, wide;  // count: E r; bytes of an element and of an accumulator
+  Segments(const AveragedCall& c, const Tensor& x)
+      : Q(c.Q),
+        count(c.e.E * c.e.r),
+        element(x.element_size()),
+        wide(accumulator_of(x) == ScalarType::Double ? 8 : 4) {}
+
+  RowBlock rows(const void* matrix, int64_t columns, int64_t q) const {
+    return {offset(matrix, columns, q), count, columns};
+  }
+  template <class V>
+  V* offset(V* vectors, int64_t columns, int64_t q) const {
+    using Byte = std::conditional_t<std::is_const_v<V>, const char, char>;
+    return reinterpret_cast<Byte*>(vectors) + q * (columns / Q) * element;
+  }
+  std::vector<DenseShrink> shrinks(const Rows& shape, const void* v, int64_t columns,
+                                   const void* matrix, void* h) const {
+    std::vector<DenseShrink> all;
+    for (int64_t q = 0; q < Q; ++q) {
+      all.push_back(shrink_of(shape, offset(v, columns, q), columns / Q, rows(matrix, columns, q),
+                              {}, static_cast<char*>(h) + q * count * wide));
+      all.back().ldh = Q * count;
+    }
+    return all;
+  }
+  std::vector<DenseExpand> expands(const Rows& shape, void* y, int64_t columns, const void* matrix,
+                                   void* h, const void* bias, bool accumulate) const {
+    std::vector<DenseExpand> all;
+    for (int64_t q = 0; q < Q; ++q) {
+      all.push_back(expand_of(shape, offset(y, columns, q), columns / Q, rows(matrix, columns, q),
+                              {}, static_cast<char*>(h) + q * count * wide,
+                              bias ? offset(bias, columns, q) : nullptr, accumulate));
+      all.back().ldh = Q * count;
+    }
+    return all;
+  }
+};
+
+Tensor averaged_forward(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+                        const Tensor& weights, const OptionalTensor& row_map,
+                        const OptionalTensor& bias, const Tensor& y, int64_t splits, double scale,
+                        bool accumulate) {
+  AveragedCall c = averaged_call(x, lora_down, lora_up, weights, row_map, splits, scale);
+  const Experts& e = c.e;
+  const ScalarType wide = accumulator_of(x);
+  Tensor hidden = empty({e.T, c.mix.hidden_columns()}, wide);
+  Tensor mixed = empty({e.T, c.mix.mixed_columns()}, wide);
+  c.mix.hidden = data<void>(hidden);
+  c.mix.mixed = data<void>(mixed);
+  const Rows out = check_output(y, x, e.N, "y");
+  const Segments segments(c, x);
+  const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
+  run_forward(kernels.dense, segments.shrinks(e.x, read(x), e.K, read(lora_down), c.mix.hidden),
+              kernels.dense.averaged, c.mix,
+              segments.expands(out, data<void>(y), e.N, read(lora_up), c.mix.mixed,
+                               read_like(bias, x, {e.N}, "bias"), accumulate));
+  return hidden;
+}
+
+std::tuple<Tensor, Tensor, Tensor> averaged_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+    const Tensor& weights, const OptionalTensor& row_map, const Tensor& hidden, const Tensor& dx,
+    int64_t splits, double scale, bool accumulate, bool need_dx, bool need_dparams,
+    bool need_dweights) {
+  AveragedCall c = averaged_call(x, lora_down, lora_up, weights, row_map, splits, scale);
+  const Experts& e = c.e;
+  const ScalarType wide = accumulator_of(x);
+  const Rows dys = check_output(dy, x, e.N, "dy");
+  c.mix.hidden = const_cast<void*>(read_wide(hidden, x, {e.T, c.mix.hidden_columns()}, "hidden"));
+  Tensor mixed = empty({e.T, c.mix.mixed_columns()}, wide);
+  Tensor dhidden = empty({e.T, c.mix.hidden_columns()}, wide);
+  Tensor shares = empty({need_dweights ? e.T : 0, c.mix.pairs}, wide);
+  c.mix.dmixed = data<void>(mixed);
+  c.mix.dhidden = data<void>(dhidden);
+  if (need_dweights) c.mix.dweights = data<void>(shares);
+  if (need_dparams) c.mix.mixed = data<void>(mixed);
+
+  Tensor dlora_down = gradient_like(lora_down, need_dparams);
+  Tensor dlora_up = gradient_like(lora_up, need_dparams);
+  const Segments segments(c, x);
+  const auto of_dy = segments.shrinks(dys, read(dy), e.N, read(lora_up), data<void>(mixed));
+  std::vector<DenseExpand> expands;
+  if (need_dx)
+    expands = segments.expands(check_output(dx, x, e.K, "dx"), data<void>(dx), e.K, read(lora_down),
+                               data<void>(dhidden), nullptr, accumulate);
+  std::vector<DenseOuter> outers;
+  if (need_dparams) {
+    const auto of_x = segments.shrinks(e.x, read(x), e.K, read(lora_down), data<void>(dhidden));
+    for (int64_t q = 0; q < c.Q; ++q) {
+      outers.push_back(
+          outer_of(of_dy[q], segments.rows(read(dlora_up), e.N, q), {}, of_dy[q].h));
+      outers.push_back(outer_of(of_x[q], segments.rows(read(dlora_down), e.K, q), {}, of_x[q].h));
+    }
+  }
+  const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
+  run_backward(kernels.dense, of_dy, kernels.dense.averaged, c.mix, expands, outers);
+  Tensor dweights = need_dweights ? sum_rows(shares, c.mix.row, weights.size(0)) : shares;
+  return {dlora_down, dlora_up, dweights};
+}
+
+// ---------------------------------------------------------------- output gate
+
+struct OutputGateCall {
+  Experts e;
+  OutputGating mix{};
+  RowBlock down, up;
+};
+OutputGateCall output_gate_call(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+                                const Tensor& projection, const Tensor& factors,
+                                const OptionalTensor& means, const Tensor& scales,
+                                const Tensor& tau, const OptionalTensor& mask,
+                                int64_t normalization) {
+  OutputGateCall c;
+  c.e = experts_of(x, lora_down, lora_up);
+  const Experts& e = c.e;
+  STD_TORCH_CHECK(0 <= normalization && normalization < moelora::kNormalizations,
+                  "normalization: is no normalization");
+  c.mix.E = static_cast<int>(e.E), c.mix.r = static_cast<int>(e.r);
+  c.mix.normalization = static_cast<moelora::Normalization>(normalization);
+  c.mix.width = static_cast<double>(e.N);
+  c.mix.projection = read_wide(projection, x, {c.mix.input_columns(), e.E}, "projection");
+  c.mix.factors = read_wide(factors, x, {e.E, e.r, e.r}, "factors");
+  STD_TORCH_CHECK(means || c.mix.normalization != moelora::Normalization::kLayerNorm,
+                  "means: layernorm needs them");
+  c.mix.means = read_wide(means, x, {e.E * e.r}, "means");
+  c.mix.scales = read_wide(scales, x, {e.E}, "scales");
+  const void* t = read_wide(tau, x, {1}, "tau");
+  c.mix.tau = accumulator_of(x) == ScalarType::Double ? *static_cast<const double*>(t)
+                                                      : *static_cast<const float*>(t);
+  if (mask) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == e.E,
+                    "mask: wanted one bool per expert");
+    check_contiguous(*mask, "mask");
+    c.mix.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+  }
+  c.down = {read(lora_down), e.E * e.r, e.K};
+  c.up = {read(lora_up), e.E * e.r, e.N};
+  return c;
+}
+
+std::tuple<Tensor, Tensor> output_gate_forward(
+    const Tensor& x, const Tensor& lora_down, const Tensor& lora_up, const Tensor& projection,
+    const Tensor& factors, const OptionalTensor& means, const Tensor& scales, const Tensor& tau,
+    const OptionalTensor& mask, const OptionalTensor& bias, const Tensor& y, int64_t normalization,
+    bool accumulate) {
+  OutputGateCall c = output_gate_call(x, lora_down, lora_up, projection, factors, means, scales,
+                                      tau, mask, normalization);
+  const Experts& e = c.e;
+  const ScalarType wide = accumulator_of(x);
+  Tensor hidden = empty({e.T, e.E * e.r}, wide), mixed = empty({e.T, e.E * e.r}, wide);
+  Tensor gates = empty({e.T, e.E}, wide);
+  c.mix.hidden = data<void>(hidden);
+  c.mix.mixed = data<void>(mixed);
+  c.mix.gates = data<void>(gates);
+  const Rows out = check_output(y, x, e.N, "y");
+  const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
+  run_forward(kernels.dense, {shrink_of(e.x, read(x), e.K, c.down, {}, c.mix.hidden)},
+              kernels.dense.output_gate, c.mix,
+              {expand_of(out, data<void>(y), e.N, c.up, {}, c.mix.mixed,
+                         read_like(bias, x, {e.N}, "bias"), accumulate)});
+  return {hidden, gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor> output_gate_backward(
+    const Tensor& dy, const OptionalTensor& dgates, const Tensor& lora_down, const Tensor& lora_up,
+    const Tensor& projection, const Tensor& factors, const OptionalTensor& means,
+    const Tensor& scales, const Tensor& tau, const OptionalTensor& mask, const Tensor& hidden,
+    const Tensor& gates, const Tensor& dx, int64_t normalization, bool accumulate, bool need_dx) {
+  // dx stands in for x, which frozen experts do not need: it has its shape even if it is not wanted.
+  OutputGateCall c = output_gate_call(dx, lora_down, lora_up, projection, factors, means, scales,
+                                      tau, mask, normalization);
+  const Experts& e = c.e;
+  const ScalarType wide = accumulator_of(dx);
+  const Rows dys = check_output(dy, dx, e.N, "dy");
+  c.mix.hidden = const_cast<void*>(read_wide(hidden, dx, {e.T, e.E * e.r}, "hidden"));
+  c.mix.gates = const_cast<void*>(read_wide(gates, dx, {e.T, e.E}, "gates"));
+  c.mix.dgates = read_wide(dgates, dx, {e.T, e.E}, "dgates");
+  Tensor dmixed = empty({e.T, e.E * e.r}, wide), dhidden = empty({e.T, e.E * e.r}, wide);
+  Tensor normalized = empty({e.T, c.mix.input_columns()}, wide);
+  Tensor dlogits = empty({e.T, e.E}, wide), dtaus = empty({e.T}, wide), dtau = empty({1}, wide);
+  c.mix.dmixed = data<void>(dmixed);
+  c.mix.dhidden = data<void>(dhidden);
+  c.mix.normalized = data<void>(normalized);
+  c.mix.dlogits = data<void>(dlogits);
+  c.mix.dtau = data<void>(dtaus);
+  std::vector<DenseExpand> expands;
+  if (need_dx)
+    expands.push_back(expand_of(e.x, data<void>(dx), e.K, c.down, {}, data<void>(dhidden), nullptr,
+                                accumulate));
+  const moelora::Kernels& kernels = moelora::kernels(dtype_of(dx));
+  run_backward(kernels.dense, {shrink_of(dys, read(dy), e.N, c.up, {}, data<void>(dmixed))},
+               kernels.dense.output_gate, c.mix, expands, {});
+  with_element(dtype_of(dtau), [&](auto element) {
+    using A = decltype(element);
+    if constexpr (std::is_floating_point_v<A>) {
+      A sum = 0;
+      for (int64_t t = 0; t < e.T; ++t) sum += static_cast<const A*>(dtaus.const_data_ptr())[t];
+      *data<A>(dtau) = sum;
+    }
+  });
+  return {normalized, dlogits, dtau};
+}
+
+// ---------------------------------------------------------------- the products alone
+
+Tensor shrink(const Tensor& v, const Tensor& rows) {
+  const Rows tokens = rows_of(v, "x");
+  STD_TORCH_CHECK(rows.dim() == 2 && v.size(v.dim() - 1) == rows.size(1),
+                  "rows: wanted [R, ", v.size(v.dim() - 1), "]");
+  const RowBlock block = {read_like(rows, v, shape_of(rows), "rows"), rows.size(0), rows.size(1)};
+  std::vector<int64_t> shape = shape_of(v);
+  shape.back() = block.count;
+  Tensor h = empty(shape, accumulator_of(v));
+  const DenseShrink p = shrink_of(tokens, read(v), rows.size(1), block, {}, data<void>(h));
+  const moelora::DenseKernels& kernels = moelora::kernels(dtype_of(v)).dense;
+  if (p.T < kSmallT)
+    split(p.T ? block.count : 0, kRowUnit,
+          [&](int64_t r0, int64_t r1) { kernels.shrink(p, 0, p.T, r0, r1); });
+  else
+    split(p.T, kTokenUnit,
+          [&](int64_t t0, int64_t t1) { kernels.shrink(p, t0, t1, 0, block.count); });
+  return h;
+}
+
+void expand(const Tensor& h, const Tensor& rows, const Tensor& y, bool accumulate) {
+  const Rows out = rows_of(y, "y");
+  STD_TORCH_CHECK(rows.dim() == 2 && y.size(y.dim() - 1) == rows.size(1),
+                  "rows: wanted [R, ", y.size(y.dim() - 1), "]");
+  const RowBlock block = {read_like(rows, y, shape_of(rows), "rows"), rows.size(0), rows.size(1)};
+  std::vector<int64_t> shape = shape_of(y);
+  shape.back() = block.count;
+  const void* coefficients = read_wide(h, y, shape, "hidden");
+  const DenseExpand p = expand_of(out, data<void>(y), rows.size(1), block, {},
+                                  const_cast<void*>(coefficients), nullptr, accumulate);
+  const moelora::DenseKernels& kernels = moelora::kernels(dtype_of(y)).dense;
+  if (p.T > kColumnSplitT)
+    split(p.T, kTokenUnit, [&](int64_t t0, int64_t t1) { kernels.expand(p, t0, t1, 0, p.C); });
+  else
+    split(p.T ? p.C : 0, kColumnUnit,
+          [&](int64_t c0, int64_t c1) { kernels.expand(p, 0, p.T, c0, c1); });
+}
+
+Tensor outer(const Tensor& h, const Tensor& v) {
+  const Rows tokens = rows_of(v, "x");
+  std::vector<int64_t> shape = shape_of(v);
+  const int64_t columns = shape.back();
+  STD_TORCH_CHECK(h.dim() == v.dim(), "hidden: wanted as many dimensions as x");
+  const int64_t count = shape.back() = h.size(h.dim() - 1);
+  const void* coefficients = read_wide(h, v, shape, "hidden");
+  Tensor rows = empty({count, columns}, v.scalar_type());
+  const DenseShrink s = shrink_of(tokens, read(v), columns, {nullptr, count, columns}, {}, nullptr);
+  const DenseOuter p =
+      outer_of(s, {read(rows), count, columns}, {}, const_cast<void*>(coefficients));
+  const moelora::DenseKernels& kernels = moelora::kernels(dtype_of(v)).dense;
+  split(columns, kColumnUnit, [&](int64_t c0, int64_t c1) { kernels.outer(p, c0, c1); });
+  return rows;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moelora_ops, CPU, m) {
+  m.impl("gated_forward", TORCH_BOX(&gated_forward));
+  m.impl("gated_backward", TORCH_BOX(&gated_backward));
+  m.impl("grid_forward", TORCH_BOX(&grid_forward));
+  m.impl("grid_backward", TORCH_BOX(&grid_backward));
+  m.impl("averaged_forward", TORCH_BOX(&averaged_forward));
+  m.impl("averaged_backward", TORCH_BOX(&averaged_backward));
+  m.impl("output_gate_forward", TORCH_BOX(&output_gate_forward));
+  m.impl("output_gate_backward", TORCH_BOX(&output_gate_backward));
+  m.impl("shrink", TORCH_BOX(&shrink));
+  m.impl("expand", TORCH_BOX(&expand));
+  m.impl("outer", TORCH_BOX(&outer));
+}

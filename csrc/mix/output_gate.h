@@ -1,0 +1,193 @@
+// The output gate, row by row: weights from the experts' outputs, computed in rank space, and the
+// gated mix with them; and its backward.  Formulas: docs/math.md, "output_gate" (MoLE, 2404.13628,
+// eqs. 9-11).  Letters: E experts, r rank, R = E r.
+//
+// The output of expert i is o_i = s_i B_i H_i.  With P_i = s_i B_iᵀ e_i its product with the gate
+// is H_iᵀ P_i, and with s_i B_i = Q_i R_i (QR) its norm is |R_i H_i|: nothing as long as an output.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "mix/softmax.h"
+
+namespace moelora {
+
+// How the experts' outputs are normalised before the gate.  The numbers are the operators' argument
+// `normalization`.
+enum class Normalization : int32_t { kNone = 0, kL2 = 1, kL2PerExpert = 2, kLayerNorm = 3 };
+constexpr int kNormalizations = 4;
+
+// What a call shares between its tokens.
+template <class A>
+struct OutputGate {
+  int E, r;
+  Normalization normalization;
+  const A* projection;    // [R, E]: P; for kLayerNorm one more row, -Σ_i 1ᵀ e_i
+  const A* factors;       // [E, r, r]: upper triangular R_i
+  const A* means;         // [R], kLayerNorm only: s_i B_iᵀ 1 / N
+  const A* scales;        // [E]: s_i
+  const uint8_t* mask;    // [E] nonzero where an expert may be used, or null for all
+  A inv_tau;              // 1 / τ
+  A inv_width;            // 1 / N, kLayerNorm only
+  MOELORA_HD int columns() const {  // of the normalised input
+    return E * r + (normalization == Normalization::kLayerNorm ? 1 : 0);
+  }
+};
+
+constexpr double kNormEpsilon = 1e-12;       // least norm, as torch.nn.functional.normalize
+constexpr double kLayerNormEpsilon = 1e-5;   // as torch.nn.LayerNorm
+
+// |R_i h|² of one expert; with `gradient` also adds factor Rᵀ R h to it.
+template <class A>
+MOELORA_HD A squared_norm(const A* factor, const A* h, int r) {
+  A total = 0;
+  for (int i = 0; i < r; ++i) {
+    A sum = 0;
+    for (int j = i; j < r; ++j) sum += factor[i * r + j] * h[j];
+    total += sum * sum;
+  }
+  return total;
+}
+template <class A>
+MOELORA_HD void add_norm_gradient(const A* factor, const A* h, int r, A coefficient, A* dh) {
+  for (int i = 0; i < r; ++i) {
+    A sum = 0;
+    for (int j = i; j < r; ++j) sum += factor[i * r + j] * h[j];
+    for (int j = i; j < r; ++j) dh[j] += coefficient * sum * factor[i * r + j];
+  }
+}
+
+template <class A>
+MOELORA_HD A mean_of_expert(const OutputGate<A>& g, int e, const A* hidden) {
+  A sum = 0;
+  for (int j = e * g.r; j < (e + 1) * g.r; ++j) sum += g.means[j] * hidden[j];
+  return sum;
+}
+
+// The gate's input in rank space: hidden over the norm that each expert is divided by, and for
+// kLayerNorm the mean over it as one more column.
+//   normalized [columns()] out
+//   inverse    [E] out: 1 / norm per expert, 0 where it has no gradient (clamped)
+template <class A>
+MOELORA_HD void normalize_row(const OutputGate<A>& g, const A* hidden, A* normalized, A* inverse) {
+  const int E = g.E, r = g.r;
+  const A epsilon = static_cast<A>(kNormEpsilon);
+  if (g.normalization == Normalization::kNone) {
+    for (int e = 0; e < E; ++e) inverse[e] = 1;
+  } else if (g.normalization == Normalization::kL2PerExpert) {
+    for (int e = 0; e < E; ++e) {
+      const A norm = std::sqrt(squared_norm(g.factors + e * r * r, hidden + e * r, r));
+      inverse[e] = 1 / (norm < epsilon ? epsilon : norm);
+    }
+  } else {
+    A total = 0, mean = 0, spread = 0;
+    for (int e = 0; e < E; ++e) total += squared_norm(g.factors + e * r * r, hidden + e * r, r);
+    A norm = std::sqrt(total);
+    if (g.normalization == Normalization::kLayerNorm) {
+      for (int e = 0; e < E; ++e) mean += mean_of_expert(g, e, hidden) / E;
+      for (int e = 0; e < E; ++e) {
+        const A difference = mean_of_expert(g, e, hidden) - mean;
+        spread += difference * difference / E;
+      }
+      norm = std::sqrt(total * g.inv_width / E + spread + static_cast<A>(kLayerNormEpsilon));
+    }
+    norm = norm < epsilon ? epsilon : norm;
+    for (int e = 0; e < E; ++e) inverse[e] = 1 / norm;
+    if (g.normalization == Normalization::kLayerNorm) normalized[E * r] = mean / norm;
+  }
+  for (int e = 0; e < E; ++e)
+    for (int j = e * r; j < (e + 1) * r; ++j) normalized[j] = hidden[j] * inverse[e];
+}
+
+// One token.
+//   hidden     [R]
+//   gates      [E] out: softmax(ε / τ) over the experts that may be used
+//   mixed      [R] out: s_e g_e H_e
+//   normalized [columns()], inverse [E] scratch
+template <class A>
+MOELORA_HD void output_gate_forward_row(const OutputGate<A>& g, const A* hidden, A* gates, A* mixed,
+                                        A* normalized, A* inverse) {
+  const int E = g.E, r = g.r, columns = g.columns();
+  normalize_row(g, hidden, normalized, inverse);
+  A* logits = inverse;  // not needed again
+  for (int n = 0; n < E; ++n) logits[n] = 0;
+  for (int c = 0; c < columns; ++c)
+    for (int n = 0; n < E; ++n) logits[n] += normalized[c] * g.projection[c * E + n];
+  for (int n = 0; n < E; ++n)
+    logits[n] = g.mask && !g.mask[n] ? -static_cast<A>(INFINITY) : logits[n] * g.inv_tau;
+  softmax_row(logits, E, gates);
+  for (int e = 0; e < E; ++e)
+    for (int j = e * r; j < (e + 1) * r; ++j) mixed[j] = g.scales[e] * gates[e] * hidden[j];
+}
+
+// Its backward.  The gradient of P is normalizedᵀ dlogits, summed over tokens by the caller.
+//   dmixed     [R]
+//   dgates     [E], or null: a gradient that reaches the gates from elsewhere (balance loss)
+//   normalized [columns()] out
+//   dlogits    [E] out: gradient of ε
+//   dhidden    [R] out
+//   returns this token's share of dτ
+//   inverse [E], dnormalized [columns()] scratch
+template <class A>
+MOELORA_HD A output_gate_backward_row(const OutputGate<A>& g, const A* hidden, const A* gates,
+                                      const A* dmixed, const A* dgates, A* normalized, A* dlogits,
+                                      A* dhidden, A* inverse, A* dnormalized) {
+  const int E = g.E, r = g.r, columns = g.columns();
+  normalize_row(g, hidden, normalized, inverse);
+  // Through the mix into gates and hidden.
+  A* dgate = dnormalized;  // columns() >= E, and needed only until dlogits is known
+  for (int e = 0; e < E; ++e) {
+    A sum = dgates ? dgates[e] : A(0);
+    for (int j = e * r; j < (e + 1) * r; ++j) {
+      sum += g.scales[e] * dmixed[j] * hidden[j];
+      dhidden[j] = g.scales[e] * gates[e] * dmixed[j];
+    }
+    dgate[e] = sum;
+    dlogits[e] = 0;
+  }
+  softmax_backward_row(gates, dgate, E, dlogits);
+  // dτ = -Σ_n dz_n ε_n / τ² with z = ε / τ, over the experts that may be used.
+  A dtau = 0;
+  for (int n = 0; n < E; ++n) {
+    A epsilon = 0;
+    for (int c = 0; c < columns; ++c) epsilon += normalized[c] * g.projection[c * E + n];
+    dtau -= dlogits[n] * epsilon * g.inv_tau * g.inv_tau;
+    dlogits[n] *= g.inv_tau;
+  }
+  // Through the product with P.
+  for (int c = 0; c < columns; ++c) {
+    A sum = 0;
+    for (int n = 0; n < E; ++n) sum += dlogits[n] * g.projection[c * E + n];
+    dnormalized[c] = sum;
+  }
+  // Through the norm: with u = H / ν, dH = du / ν - (Σ du u) dν/dH / ν.
+  A along_all = 0, mean = 0;
+  for (int c = 0; c < columns; ++c) along_all += dnormalized[c] * normalized[c];
+  const bool layer_norm = g.normalization == Normalization::kLayerNorm;
+  if (layer_norm)
+    for (int e = 0; e < E; ++e) mean += mean_of_expert(g, e, hidden) / E;
+  for (int e = 0; e < E; ++e) {
+    const A* h = hidden + e * r;
+    A* dh = dhidden + e * r;
+    A along = along_all;
+    if (g.normalization == Normalization::kL2PerExpert) {
+      along = 0;
+      for (int j = e * r; j < (e + 1) * r; ++j) along += dnormalized[j] * normalized[j];
+    }
+    for (int j = 0; j < r; ++j) dh[j] += dnormalized[e * r + j] * inverse[e];
+    if (g.normalization == Normalization::kNone) continue;
+    // A norm that was clamped is a constant.
+    if (!layer_norm && inverse[e] >= 1 / static_cast<A>(kNormEpsilon)) continue;
+    const A square = inverse[e] * inverse[e];
+    const A share = layer_norm ? g.inv_width / E : A(1);
+    add_norm_gradient(g.factors + e * r * r, h, r, -along * square * share, dh);
+    if (!layer_norm) continue;
+    const A difference = mean_of_expert(g, e, hidden) - mean;
+    const A dmean = -along * square * difference / E + dnormalized[E * r] * inverse[e] / E;
+    for (int j = 0; j < r; ++j) dh[j] += dmean * g.means[e * r + j];
+  }
+  return dtau;
+}
+
+}  // namespace moelora
