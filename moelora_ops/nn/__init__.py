@@ -2,5 +2,12 @@
 
 from .base import AdapterLinear
 from .mola import MoLALinear
+from .pemt import PEMTAdapter, PEMTLinear, PEMTSourceLinear
 
-__all__ = ["AdapterLinear", "MoLALinear"]
+__all__ = [
+    "AdapterLinear",
+    "MoLALinear",
+    "PEMTAdapter",
+    "PEMTLinear",
+    "PEMTSourceLinear",
+]

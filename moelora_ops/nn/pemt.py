@@ -1,0 +1,569 @@
+"""PEMT: frozen source experts, a prompt gate and a serial adapter on T5's W_o (2402.15082)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, reference
+from ..reference import Agreement, Expert
+from .base import AdapterLinear
+
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh")
+GATE_QUERIES = (None, "input", "encoder")
+KINDS = ("lora", "adapter")
+INITS = ("kaiming", "zero")
+_SMALLEST_NORM = 1e-8  # as torch.nn.functional.cosine_similarity
+
+
+class PEMTAdapter(nn.Module):
+    """``f = z + U gelu_tanh(D z + b_D) + b_U``: the target task's adapter, serial, fused.
+
+    Args:
+        features: of z and f.
+        bottleneck: rows of D; the authors take 768 / 16 = 48.
+        device, dtype: of the parameters.
+
+    Parameters:
+        down, up: D and Uᵀ, ``[1, bottleneck, features]``, N(0, 0.01²).
+        down_bias, up_bias: ``[1, bottleneck]`` and ``[1, features]``, zero.
+
+    Raises:
+        ValueError: a size is no int of at least 1.
+    """
+
+    def __init__(self, features: int, bottleneck: int, *, device=None, dtype=None):
+        super().__init__()
+        _check_count("features", features)
+        _check_count("bottleneck", bottleneck)
+        like = {"device": device, "dtype": dtype}
+        self.features, self.bottleneck = features, bottleneck
+        self.down = nn.Parameter(torch.empty(1, bottleneck, features, **like))
+        self.up = nn.Parameter(torch.empty(1, bottleneck, features, **like))
+        self.down_bias = nn.Parameter(torch.empty(1, bottleneck, **like))
+        self.up_bias = nn.Parameter(torch.empty(1, features, **like))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise anew: nearly the identity (the authors' code)."""
+        for weight in (self.down, self.up):
+            nn.init.normal_(weight, std=0.01)
+        for bias in (self.down_bias, self.up_bias):
+            nn.init.zeros_(bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z ``[..., features]`` to f of the same shape."""
+        return functional.gated(
+            z, None, None, self.down, self.up, _one_per_token(z), activation="gelu_tanh",
+            down_bias=self.down_bias, up_bias=self.up_bias, base_output=z,
+        )  # fmt: skip
+
+    @classmethod
+    def from_reference(cls, adapter: reference.PEMTAdapter) -> "PEMTAdapter":
+        """The fused adapter that shares `adapter`'s parameters."""
+        fused = cls(adapter.features, adapter.bottleneck, device="meta")
+        _share(fused, adapter, ("down", "up", "down_bias", "up_bias"))
+        return fused.train(adapter.training)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, bottleneck={self.bottleneck}"
+
+
+class PEMTSourceLinear(AdapterLinear):
+    """Stage 1: one expert beside a frozen linear, trained on a source task.
+
+    ``"lora"``: ``y = base(x) + alpha/rank B A x``, PEMT's released experts (rank 64, scale 1).
+    ``"adapter"``: ``y = base(x) + U gelu_tanh(D x + b_D) + b_U + v``, v the feed-forward's input.
+
+    Args:
+        base: the frozen layer, W_o of the feed-forward; see :class:`AdapterLinear`.
+        rank: of the LoRA, or rows of D.
+        alpha: a LoRA is scaled by alpha / rank; an adapter is not scaled.
+        kind: ``"lora"`` or ``"adapter"``.
+        init: of a LoRA's B: ``"kaiming"`` like A, as in the authors' code (a=√5 is our choice), so
+            that the layer does not start as its base; ``"zero"`` as usual elsewhere (our choice).
+        device, dtype: of the new parameters; by default those of the base.
+
+    Parameters:
+        lora_down, lora_up: A ``[1, rank, in_features]`` and Bᵀ ``[1, rank, out_features]``; of an
+            adapter N(0, 0.01²), like the target adapter (our choice).
+        down_bias, up_bias: ``[1, rank]`` and ``[1, out_features]`` of an adapter, zero.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int = 64,
+        alpha: float = 64.0,
+        *,
+        kind: str = "lora",
+        init: str = "kaiming",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_source_arguments(rank, alpha, kind, init)
+        super().__init__(base, device, dtype)
+        self.rank, self.alpha, self.kind, self.init = rank, alpha, kind, init
+        biased = kind == "adapter"
+        self.lora_down = self._new_parameter(1, rank, self.in_features)
+        self.lora_up = self._new_parameter(1, rank, self.out_features)
+        self.down_bias = self._new_parameter(1, rank) if biased else None
+        self.up_bias = self._new_parameter(1, self.out_features) if biased else None
+        self.ffn_input: Tensor | None = None  # set by the model's hooks, taken by forward
+        self.reset_parameters()
+
+    @property
+    def residual(self) -> bool:
+        """Whether forward needs the feed-forward's input."""
+        return self.kind == "adapter"
+
+    def reset_parameters(self) -> None:
+        """Initialise the expert anew."""
+        if self.kind == "adapter":
+            for weight in (self.lora_down, self.lora_up):
+                nn.init.normal_(weight, std=0.01)
+            for bias in (self.down_bias, self.up_bias):
+                nn.init.zeros_(bias)
+            return
+        nn.init.kaiming_uniform_(self.lora_down[0], a=math.sqrt(5))
+        if self.init == "kaiming":
+            nn.init.kaiming_uniform_(self.lora_up[0].T, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_up)
+
+    def expert(self) -> Expert:
+        """The trained expert as stage 2 takes it: detached, not copied."""
+        biases = (None, None)
+        if self.kind == "adapter":
+            biases = (self.down_bias[0].detach(), self.up_bias[0].detach())
+        return Expert(
+            self.lora_down[0].detach(), self.lora_up[0].detach().T, self._scale(), *biases
+        )
+
+    def forward(self, x: Tensor, ffn_input: Tensor | None = None) -> Tensor:
+        """x ``[..., in_features]`` to y ``[..., out_features]``.
+
+        Args:
+            x: the feed-forward's inner activation.
+            ffn_input: v ``[..., out_features]``, for an adapter; by default what the hooks of
+                :func:`moelora_ops.apply` have brought.
+        """
+        ffn_input, self.ffn_input = self.ffn_input if ffn_input is None else ffn_input, None
+        y = functional.gated(
+            x, lora_down=self.lora_down, lora_up=self.lora_up, weights=_one_per_token(x),
+            scale=self._scale(), activation="gelu_tanh" if self.residual else None,
+            down_bias=self.down_bias, up_bias=self.up_bias, **self.base_arguments(x),
+        )  # fmt: skip
+        return y + _required_ffn_input(ffn_input) if self.residual else y
+
+    def _scale(self) -> float:
+        return 1.0 if self.kind == "adapter" else self.alpha / self.rank
+
+    @classmethod
+    def from_reference(cls, layer: reference.PEMTSourceLinear) -> "PEMTSourceLinear":
+        """The fused layer that shares `layer`'s base and parameters."""
+        fused = cls(
+            layer.base, layer.rank, layer.alpha, kind=layer.kind, init=layer.init, device="meta"
+        )
+        _share(fused, layer, ("lora_down", "lora_up", "down_bias", "up_bias"))
+        return fused.train(layer.training)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "ffn_input": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"alpha={self.alpha}, kind={self.kind}"
+        )
+
+
+class PEMTLinear(AdapterLinear):
+    """Stage 2: frozen source experts, weighted by how much the prompt correlates with them, fused.
+
+        z = base(x) + Σ_e g_e s_e B_e φ(A_e x + a_e) + b_e    source experts, frozen
+        f = z + U gelu_tanh(D z + b_D) + b_U                  :class:`PEMTAdapter`, if any
+
+    The gate is one softmax per sequence, ``g = softmax(q W_g)``: q is the mean over the first
+    `prompt_length` positions, where a T5-type model has the task's prompt, of x (in an encoder) or
+    of the final encoder output (in a decoder).
+
+    Args:
+        base: the frozen layer, W_o of the feed-forward; see :class:`AdapterLinear`.
+        experts: of the source tasks, each an :class:`~moelora_ops.reference.Expert` or a tuple
+            ``(A [r, in], B [out, r], scale)``, with ``(…, a [r], b [out])`` for adapters.  Ranks
+            may differ; lower ones are padded with zeros.  They are copied and frozen.
+        activation: φ: None for LoRAs, ``"gelu_tanh"`` for PEMT's adapters, ``"relu"``, ``"gelu"``.
+        gate_query: ``"input"`` takes q from x, ``"encoder"`` from `encoder_states`; None for no
+            gate, then forward needs `weights`.
+        gate_features: width of q for ``"encoder"``.
+        prompt_length: P >= 1, for a gate.
+        bottleneck: of the target adapter; None for none, then f = z.
+        residual: experts are adapters with a residual from the feed-forward's input v; it is added
+            once, since the weights sum to 1.
+        sparsity: while training, keep in ``layer.agreement`` what the task sparsity loss needs.
+        device, dtype: of the new parameters; by default those of the base.
+
+    Parameters:
+        lora_down, lora_up: ``[E, r, in_features]`` and ``[E, r, out_features]``, frozen.
+        down_bias, up_bias: ``[E, r]`` and ``[E, out_features]`` of adapter experts, frozen.
+        gate: W_gᵀ ``[E, in_features or gate_features]``, zero, so that it starts uniform.
+        adapter: see :class:`PEMTAdapter`.
+
+    ``layer.agreement`` holds the last call's weights, and cosines if `sparsity`.
+
+    Shapes: x ``[batch, length, in_features]`` to f ``[batch, length, out_features]``; with
+    `weights` and no gate also ``[batch, in_features]``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        experts: Sequence[Expert | tuple],
+        *,
+        activation: str | None = None,
+        gate_query: str | None = None,
+        gate_features: int | None = None,
+        prompt_length: int | None = None,
+        bottleneck: int | None = None,
+        residual: bool = False,
+        sparsity: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        experts = check_experts(experts, base)
+        ranks = [len(expert.down) for expert in experts]
+        scales = [float(expert.scale) for expert in experts]
+        biases = experts[0].down_bias is not None
+        check_arguments(
+            ranks, scales, biases, activation, gate_query, gate_features, prompt_length,
+            bottleneck, residual, sparsity,
+        )  # fmt: skip
+        super().__init__(base, device, dtype)
+        self.num_experts, self.rank = len(experts), max(ranks)
+        self.ranks, self.scales, self.biases = ranks, scales, biases
+        self.activation, self.residual, self.sparsity = activation, residual, sparsity
+        self.gate_query, self.prompt_length, self.bottleneck = gate_query, prompt_length, bottleneck
+        self.gate_features = self.in_features if gate_query == "input" else gate_features
+        self.lora_down = self._stack([e.down for e in experts], self.rank, self.in_features)
+        self.lora_up = self._stack([e.up.T for e in experts], self.rank, self.out_features)
+        self.down_bias = self.up_bias = self.gate = self.adapter = None
+        if biases:
+            self.down_bias = self._stack([e.down_bias for e in experts], self.rank)
+            self.up_bias = self._stack([e.up_bias for e in experts], self.out_features)
+        if gate_query is not None:
+            self.gate = self._new_parameter(self.num_experts, self.gate_features)
+        if bottleneck is not None:
+            self.adapter = PEMTAdapter(self.out_features, bottleneck, **self._new)
+        # Set by the model's hooks, taken by forward.
+        self.encoder_states: Tensor | None = None
+        self.ffn_input: Tensor | None = None
+        self.agreement: Agreement | None = None
+        self._frozen: tuple[tuple, tuple[Tensor, Tensor]] | None = None
+        self.reset_parameters()
+
+    def _stack(self, tensors: list[Tensor], *shape: int) -> nn.Parameter:
+        """Frozen ``[E, *shape]``, each expert's tensor in the first of its rows, zeros below."""
+        stack = torch.zeros(len(tensors), *shape, **self._new)
+        for row, tensor in zip(stack, tensors, strict=True):
+            row[: len(tensor)].copy_(tensor.detach())
+        return nn.Parameter(stack, requires_grad=False)
+
+    def reset_parameters(self) -> None:
+        """Initialise the gate and the adapter anew; the experts stay."""
+        if self.gate is not None:
+            nn.init.zeros_(self.gate)
+        if self.adapter is not None:
+            self.adapter.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        weights: Tensor | None = None,
+        *,
+        encoder_states: Tensor | None = None,
+        ffn_input: Tensor | None = None,
+    ) -> Tensor:
+        """x ``[batch, length, in_features]`` to f ``[batch, length, out_features]``.
+
+        Args:
+            x: the feed-forward's inner activation u.
+            weights: g ``[batch, E]``, summing to 1, instead of the gate's.
+            encoder_states: ``[batch, L, gate_features]``, for ``gate_query="encoder"``; by default
+                what the hooks of :func:`moelora_ops.apply` have brought.
+            ffn_input: v ``[batch, length, out_features]``, for `residual`; by default likewise.
+
+        Raises:
+            ValueError: something is missing, or the prompt is longer than the input.
+        """
+        encoder_states = self.encoder_states if encoder_states is None else encoder_states
+        ffn_input = self.ffn_input if ffn_input is None else ffn_input
+        self.encoder_states = self.ffn_input = None
+        if weights is None:
+            weights = self._gate(x, encoder_states)
+        if self.residual:
+            _required_ffn_input(ffn_input)
+        f = functional.gated(
+            x, lora_down=self.lora_down, lora_up=self.lora_up, weights=weights, scale=self.scales,
+            activation=self.activation, down_bias=self.down_bias, up_bias=self.up_bias,
+            **self.base_arguments(x),
+        )  # fmt: skip
+        if self.residual:
+            f = f + ffn_input
+        if self.adapter is not None:
+            f = self.adapter(f)
+        cosines = self._cosines(f, x) if self.training and self.sparsity else None
+        # A call inside a backward recomputes a checkpoint.  Keeping its graph would keep the
+        # activations that checkpointing exists to free; the first call's is the one in the loss.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.agreement = Agreement(weights, cosines)
+        return f
+
+    def _gate(self, x: Tensor, encoder_states: Tensor | None) -> Tensor:
+        """``[batch, E]`` in at least float32."""
+        if self.gate is None:
+            raise ValueError("weights: wanted [batch, E], as the layer has no gate, got None")
+        name, states = "x", x
+        if self.gate_query == "encoder":
+            name, states = "encoder_states", encoder_states
+            if states is None:
+                raise ValueError(
+                    "encoder_states: wanted the final encoder output, from which this layer takes "
+                    "its weights, got None"
+                )
+        if states.dim() != 3 or states.shape[-1] != self.gate_features:
+            raise ValueError(
+                f"{name}: wanted shape [batch, length, {self.gate_features}], "
+                f"got {list(states.shape)}"
+            )
+        if states.shape[1] < self.prompt_length:
+            raise ValueError(
+                f"{name}: wanted at least the prompt's {self.prompt_length} positions, "
+                f"got {states.shape[1]}"
+            )
+        return reference.prompt_gate(states, self.gate, self.prompt_length)
+
+    def _cosines(self, f: Tensor, x: Tensor) -> Tensor:
+        up_rows, factors = self._frozen_outputs()
+        return expert_cosines(
+            f, x, self.lora_down.detach(), up_rows, factors, self.scales, self.activation,
+            self.down_bias,
+        )  # fmt: skip
+
+    def _frozen_outputs(self) -> tuple[Tensor, Tensor]:
+        """Rows of Bᵀ, b among them, and their R, made once for as long as the experts stay."""
+        ups = [t for t in (self.lora_up, self.up_bias) if t is not None]
+        key = tuple((t._version, t.data_ptr(), t.dtype) for t in ups)
+        if self._frozen is None or self._frozen[0] != key:
+            up_rows = self.lora_up.detach()
+            if self.up_bias is not None:
+                up_rows = torch.cat([up_rows, self.up_bias.detach()[:, None]], 1)
+            self._frozen = key, (up_rows, triangular_factors(up_rows))
+        return self._frozen[1]
+
+    @classmethod
+    def from_reference(cls, layer: reference.PEMTLinear) -> "PEMTLinear":
+        """The fused layer that shares `layer`'s base and parameters."""
+        base = layer.base
+        fused = cls(
+            base, empty_experts(base, layer.ranks, layer.scales, layer.biases),
+            activation=layer.activation, gate_query=layer.gate_query,
+            gate_features=layer.gate_features, prompt_length=layer.prompt_length,
+            residual=layer.residual, sparsity=layer.sparsity, device="meta",
+        )  # fmt: skip
+        _share(fused, layer, ("lora_down", "lora_up", "down_bias", "up_bias", "gate"))
+        fused.bottleneck = layer.bottleneck
+        if layer.adapter is not None:
+            fused.adapter = PEMTAdapter.from_reference(layer.adapter)
+        return fused.train(layer.training)
+
+    def __getstate__(self):
+        # What belongs to the last call's autograd graph is not to be copied or pickled.
+        graph = ("encoder_states", "ffn_input", "agreement", "_frozen")
+        return {**super().__getstate__(), **dict.fromkeys(graph)}
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"ranks={self.ranks}, scales={self.scales}, activation={self.activation}, "
+            f"gate_query={self.gate_query}, prompt_length={self.prompt_length}, "
+            f"residual={self.residual}, sparsity={self.sparsity}"
+        )
+
+
+def expert_cosines(
+    f: Tensor,
+    x: Tensor,
+    lora_down: Tensor,
+    up_rows: Tensor,
+    factors: Tensor,
+    scales: Sequence[float],
+    activation: str | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """``cos(f, o_e)`` with every expert's output ``o_e = s_e (B_e φ(A_e x + a_e) + b_e)``.
+
+    In rank space: ``⟨f, B_e H_e⟩ = ⟨B_eᵀ f, H_e⟩`` and ``|B_e H_e| = |R_e H_e|``: no expert's
+    output is made.  Of adapter experts the shared residual is left out (our choice: it says nothing
+    about which expert is used).
+
+    Args:
+        f: ``[..., N]``.
+        x: ``[..., K]``.
+        lora_down: A ``[E, r, K]``.
+        up_rows: Bᵀ ``[E, r, N]``, or ``[E, r + 1, N]`` with b as the last row.
+        factors: :func:`triangular_factors` of `up_rows`.
+        scales: s.
+        activation, down_bias: φ and a.
+
+    Returns:
+        ``[..., E]`` in at least float32; a norm below 1e-8 counts as 1e-8, as in PyTorch's
+        ``cosine_similarity``.
+    """
+    hidden = functional.shrink(x, lora_down.flatten(0, 1)).unflatten(-1, lora_down.shape[:2])
+    if down_bias is not None:
+        hidden = hidden + down_bias
+    hidden = reference.ACTIVATIONS[activation](hidden)
+    if up_rows.shape[1] > hidden.shape[-1]:
+        hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
+    seen = functional.shrink(f, up_rows.flatten(0, 1)).unflatten(-1, up_rows.shape[:2])
+    scale = hidden.new_tensor(scales)
+    dots = scale * torch.einsum("...er,...er->...e", seen, hidden)
+    outputs = torch.einsum("...er,esr->...es", hidden, factors.to(hidden.dtype))
+    norms = scale.abs() * torch.linalg.vector_norm(outputs, dim=-1)
+    f_norm = torch.linalg.vector_norm(f, dim=-1, keepdim=True, dtype=hidden.dtype)
+    return dots / (norms.clamp(min=_SMALLEST_NORM) * f_norm.clamp(min=_SMALLEST_NORM))
+
+
+def triangular_factors(up_rows: Tensor) -> Tensor:
+    """R of ``B_e = Q_e R_e`` for B ``[N, r]`` given by its rows of Bᵀ ``[E, r, N]``.
+
+    ``|B_e h| = |R_e h|``, with r² numbers instead of N·r; unlike ``hᵀ B_eᵀ B_e h`` it is never
+    negative and does not square the condition number.
+
+    Returns:
+        ``[E, min(N, r), r]`` in at least float32.
+    """
+    wide = torch.promote_types(up_rows.dtype, torch.float32)
+    return torch.linalg.qr(up_rows.detach().to(wide).transpose(1, 2), mode="r").R
+
+
+def empty_experts(
+    base: nn.Module, ranks: Sequence[int], scales: Sequence[float], biases: bool
+) -> list[Expert]:
+    """Experts of these shapes without values, for a layer that gets its values afterwards."""
+    return [
+        Expert(
+            torch.empty(rank, base.in_features), torch.empty(base.out_features, rank), scale,
+            *((torch.empty(rank), torch.empty(base.out_features)) if biases else ()),
+        )
+        for rank, scale in zip(ranks, scales, strict=True)
+    ]  # fmt: skip
+
+
+def check_experts(experts: Sequence[Expert | tuple], base: nn.Module) -> list[Expert]:
+    """`experts` as :class:`Expert`, all of shapes that fit `base`.
+
+    Raises:
+        TypeError, ValueError: one does not fit; the message names it.
+    """
+    if not isinstance(experts, Sequence) or not experts:
+        raise ValueError(f"experts: wanted at least one, got {experts!r:.60}")
+    checked = []
+    for e, given in enumerate(experts):
+        name = f"experts[{e}]"
+        if not isinstance(given, tuple) or not 2 <= len(given) <= 5:
+            raise TypeError(
+                f"{name}: wanted (A, B, scale) or (A, B, scale, a, b), got {given!r:.60}"
+            )
+        expert = Expert(*given)
+        if not isinstance(expert.down, Tensor) or expert.down.dim() != 2 or not len(expert.down):
+            raise ValueError(f"{name}: wanted A of shape [r, in_features], got {_shape(given[0])}")
+        rank = len(expert.down)
+        n_in = getattr(base, "in_features", expert.down.shape[1])
+        n_out = getattr(base, "out_features", None)
+        wanted = [("A", expert.down, [rank, n_in]), ("B", expert.up, [n_out, rank])]
+        if expert.down_bias is not None or expert.up_bias is not None:
+            wanted += [("a", expert.down_bias, [rank]), ("b", expert.up_bias, [n_out])]
+        for part, tensor, shape in wanted:
+            if not isinstance(tensor, Tensor) or list(tensor.shape) != shape:
+                raise ValueError(f"{name}: wanted {part} of shape {shape}, got {_shape(tensor)}")
+        functional.check_finite(f"{name}: scale", expert.scale)
+        if (expert.down_bias is None) != (Expert(*experts[0]).down_bias is None):
+            raise ValueError(f"{name}: wanted biases for all experts or for none")
+        checked.append(expert)
+    return checked
+
+
+def check_source_arguments(rank, alpha, kind, init) -> None:
+    """The contract of :class:`PEMTSourceLinear`'s constructor."""
+    _check_count("rank", rank)
+    functional.check_finite("alpha", alpha)
+    _check_choice("kind", kind, KINDS)
+    _check_choice("init", init, INITS)
+
+
+def check_arguments(
+    ranks, scales, biases, activation, gate_query, gate_features, prompt_length, bottleneck,
+    residual, sparsity,
+) -> None:  # fmt: skip
+    """The contract of :class:`PEMTLinear`'s constructor; files are checked by it as well."""
+    if not isinstance(ranks, list) or not ranks:
+        raise ValueError(f"ranks: wanted one int per expert, got {ranks!r}")
+    for rank in ranks:
+        _check_count("ranks", rank)
+    if not isinstance(scales, list) or len(scales) != len(ranks):
+        raise ValueError(f"scales: wanted {len(ranks)} numbers, one per expert, got {scales!r}")
+    for scale in scales:
+        functional.check_finite("scales", scale)
+    for name, flag in (("biases", biases), ("residual", residual), ("sparsity", sparsity)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: wanted a bool, got {flag!r}")
+    _check_choice("activation", activation, ACTIVATIONS)
+    _check_choice("gate_query", gate_query, GATE_QUERIES)
+    if gate_query is not None:
+        _check_count("prompt_length", prompt_length)
+    if gate_query == "encoder":
+        _check_count("gate_features", gate_features)
+    if bottleneck is not None:
+        _check_count("bottleneck", bottleneck)
+
+
+def _check_count(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: wanted an int of at least 1, got {value!r}")
+
+
+def _check_choice(name: str, value, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: wanted one of {choices}, got {value!r}")
+
+
+def _required_ffn_input(ffn_input: Tensor | None) -> Tensor:
+    if ffn_input is None:
+        raise ValueError(
+            "ffn_input: wanted the feed-forward's input, as adapter experts have a residual from "
+            "it, got None"
+        )
+    return ffn_input
+
+
+def _one_per_token(x: Tensor) -> Tensor:
+    """The weights of a single expert that is always on."""
+    return torch.ones(*x.shape[:-1], 1, device=x.device)
+
+
+def _share(fused: nn.Module, layer: nn.Module, names: tuple[str, ...]) -> None:
+    for name in names:
+        setattr(fused, name, getattr(layer, name))
+
+
+def _shape(t) -> str:
+    return str(list(t.shape)) if isinstance(t, Tensor) else repr(t)[:60]
