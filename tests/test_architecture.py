@@ -24,7 +24,7 @@ ARROWS = {
     "backends": {"ops"},
     "functional": {"autograd", "backends", "ops", "reference"},
     "balance": {"depth", "functional"},
-    "nn": {"balance", "functional", "reference"},
+    "nn": {"balance", "companions", "functional", "reference"},
     "configs": {"companions", "depth", "functional", "nn"},
     "models": {"companions", "configs", "nn", "reference"},
     "adapters": {"_version", "companions", "configs", "models"},

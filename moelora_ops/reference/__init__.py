@@ -1,8 +1,27 @@
 """The truth: each method as its paper states it, eager, literal, independent of the kernels."""
 
+from .averaged import averaged
 from .base import LooksLikeBase
 from .gated import ACTIVATIONS, gated, weights_per_token
+from .lora import LoRALinear
 from .mola import MoLALinear, Routing, mola, no_autocast
+from .mole import (
+    Gating,
+    MoLELinear,
+    expert_outputs,
+    gating,
+    mixture,
+    mole,
+    mole_gates,
+    sequence_mean,
+)
+from .orchmoe import (
+    OrchMoELinear,
+    PolytroponLinear,
+    gumbel_sigmoid,
+    skill_weights,
+    task_router,
+)
 from .pemt import (
     Agreement,
     Expert,
@@ -19,19 +38,34 @@ __all__ = [
     "ACTIVATIONS",
     "Agreement",
     "Expert",
+    "Gating",
+    "LoRALinear",
     "LooksLikeBase",
     "MoLALinear",
+    "MoLELinear",
+    "OrchMoELinear",
     "PEMTAdapter",
     "PEMTLinear",
     "PEMTSourceLinear",
+    "PolytroponLinear",
     "Routing",
+    "averaged",
     "combine_prompts",
+    "expert_outputs",
     "gated",
+    "gating",
+    "gumbel_sigmoid",
     "keep_mask",
+    "mixture",
     "mola",
+    "mole",
+    "mole_gates",
     "no_autocast",
     "philox4x32",
     "prompt_gate",
+    "sequence_mean",
+    "skill_weights",
+    "task_router",
     "task_sparsity",
     "weights_per_token",
 ]

@@ -1,0 +1,605 @@
+"""MoLE: trained, frozen LoRAs of one linear, mixed by a gate that sees their outputs (2404.13628).
+
+The gate's input is what the experts say, yet nothing as long as an output is made for it: with
+``o_i = s_i B_i h_i`` its products are ``h_iᵀ P_i``, ``P_i = s_i B_iᵀ e_i``, and its norms
+``|R_i h_i|``, R_i the triangular factor of ``s_i B_i`` (docs/math.md, "MoLE").
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import balance, functional, reference
+from ..companions import Companion
+from ..reference import Gating
+from .base import AdapterLinear
+from .loras import stack_loras
+
+GRANULARITIES = ("token", "sequence")
+NORMALIZATIONS = ("l2", "l2_per_expert", "layernorm", "none")
+MASK_MODES = ("gate", "input")
+
+_LEAST_NORM = 1e-12  # as torch.nn.functional.normalize
+_LAYERNORM_EPSILON = 1e-5  # as torch.nn.LayerNorm
+
+
+class MoLELinear(AdapterLinear):
+    """``y = base(x) + Σ_i g_i s_i B_i A_i x``, g from the experts' outputs, fused.
+
+    With one expert g is 1 and the layer that LoRA.  The paper's equations gate whole transformer
+    blocks; this is the matrix-wise gate that it also names, the only one for which a single LoRA
+    is reproduced, and our default.  For gates that several linears share see :class:`SharedGate`,
+    for the equations to the letter :class:`MoLEBlock`.
+
+    Args:
+        base: the frozen layer, see :class:`AdapterLinear`.
+        loras: (A ``[r, in_features]``, B ``[out_features, r]``, scale) of each expert; ranks may
+            differ and are padded with zeros.  Copied, and frozen.
+        granularity: ``"token"``, a gate per token (our default: causal, and right for any
+            batching), or ``"sequence"``, one per sequence from the mean over its tokens (nearer to
+            the paper): every token then sees all others of its sequence, also later ones, and with
+            a cache of keys and values the sequence is what one call is given.
+        normalization: of the experts' outputs, which the paper leaves open: ``"l2"`` over their
+            concatenation (our choice), ``"l2_per_expert"``, ``"layernorm"`` over the concatenation
+            without affine parameters, ``"none"``.
+        mask_mode: what `expert_mask` does: ``"gate"``: the removed experts still feed the gate, the
+            others share their weight in proportion (the paper's inference mode 2); ``"input"``:
+            they are missing from its input too, and cheaper models can leave them out.
+        gated: False for a linear whose weights come from a :class:`SharedGate`.
+        compact: train P itself, ``[E, r, E]``, instead of the paper's e.  The same functions can be
+            learned with far fewer numbers, but an optimiser moves differently in them: a variant
+            of ours.  Not with ``"layernorm"``.
+        device, dtype: of experts and gate; by default those of the base.
+
+    Parameters (if gated):
+        gate: e of eq. 10, ``[E, out_features, E]``, or P if compact; zero, so that all experts have
+            the same weight at first (our choice).
+        log_tau: the logarithm of the temperature, zero (our choice; the paper learns τ).
+
+    Buffers:
+        lora_down: ``[E, r, in_features]``.
+        lora_up: ``[E, r, out_features]``, the B transposed.
+        expert_mask: bool ``[E]`` (if gated), may be assigned at any time, also as a list; False
+            removes an expert.
+
+    Attributes:
+        sequence_mask: bool, x's leading dimensions, False for padding: not seen by a gate per
+            sequence, nor by :func:`moelora_ops.gating_balance_loss`; set it for a whole model with
+            :func:`moelora_ops.sequence_mask`.
+
+    The state_dict is that of :class:`moelora_ops.reference.MoLELinear`.
+
+    Shapes: x ``[..., in_features]``, or ``[..., length, in_features]`` for a gate per sequence, to
+    y of the same leading dimensions.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message names it, and of `loras`
+            which one.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        loras: Sequence[tuple[Tensor, Tensor, float]],
+        granularity: str = "token",
+        normalization: str = "l2",
+        *,
+        mask_mode: str = "gate",
+        gated: bool = True,
+        compact: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_arguments(granularity, normalization, mask_mode, gated, compact)
+        super().__init__(base, device, dtype)
+        down, up, self.scales = stack_loras(loras, self.in_features, self.out_features, **self._new)
+        self.num_experts, self.rank = down.shape[:2]
+        self.granularity, self.normalization, self.mask_mode = granularity, normalization, mask_mode
+        self.gated, self.compact = gated, compact
+        self.register_buffer("lora_down", down)
+        self.register_buffer("lora_up", up)
+        if gated:
+            width = self.rank if compact else self.out_features
+            _new_gate(self, width, self.num_experts, **self._new)
+        self.shared_gate: tuple[SharedGate, ...] = ()  # a tuple, not to be registered
+        self.sequence_mask: Tensor | None = None
+        self._derived: _Derived | None = None
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "expert_mask":
+            value = _expert_mask(value, self)
+        super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., in_features]`` to y ``[..., out_features]``."""
+        if not self.gated:
+            if not self.shared_gate:
+                raise RuntimeError("gated: is False, but no SharedGate is connected to this layer")
+            return self.shared_gate[0].run(self, x)
+        _check_sequences(self, x)
+        hidden = self.hidden(x)
+        gates = _gates(self, [hidden], [self])
+        y = self.mix(x, hidden, gates)
+        return self._record(y, _gating(self, gates))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the experts see of x: ``A_i x``, ``[..., E, r]`` in float32 or wider."""
+        hidden = functional.shrink(x, self.lora_down.flatten(0, 1))
+        return hidden.unflatten(-1, (self.num_experts, self.rank))
+
+    def mix(self, x: Tensor, hidden: Tensor, gates: Tensor) -> Tensor:
+        """``base(x) + Σ_i g_i s_i B_i h_i``."""
+        weights = gates * self.derived().scales
+        if self.granularity == "sequence":
+            weights = weights.unsqueeze(-2)
+        mixed = (hidden * weights.unsqueeze(-1)).flatten(-2)
+        return functional.expand(mixed, self.lora_up.flatten(0, 1), self.base(x))
+
+    def derived(self) -> "_Derived":
+        """What follows from the frozen experts, computed once."""
+        # Compiled code cannot ask for a version; there only what replaces the experts is noticed.
+        known = self._derived
+        if known is None or not (
+            torch.compiler.is_compiling() or known.version == _version(self.lora_up)
+        ):
+            known = self._derived = _derive(self)
+        return known
+
+    def _apply(self, fn, recurse=True):
+        self._derived = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._derived = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @classmethod
+    def from_reference(cls, layer: reference.MoLELinear) -> "MoLELinear":
+        """The fused layer that shares `layer`'s base, experts and parameters."""
+        with torch.device("meta"):
+            shape = {"rank": layer.rank, "scales": layer.scales}
+            loras = empty_loras(layer.in_features, layer.out_features, **shape)
+        fused = cls(
+            layer.base, loras, layer.granularity, layer.normalization, mask_mode=layer.mask_mode,
+            gated=layer.gated, compact=layer.compact, device="meta",
+        )  # fmt: skip
+        for name in ("lora_down", "lora_up", *(_GATE_STATE if layer.gated else ())):
+            setattr(fused, name, getattr(layer, name))
+        fused.shared_gate, fused.sequence_mask = layer.shared_gate, layer.sequence_mask
+        return fused.train(layer.training)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_derived": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"num_experts={self.num_experts}, rank={self.rank}, granularity={self.granularity}, "
+            f"normalization={self.normalization}, mask_mode={self.mask_mode}"
+            + (", compact" if self.compact else "")
+            + ("" if self.gated else ", shared gate")
+        )
+
+
+class SharedGate(Companion):
+    """One gate for several :class:`MoLELinear`: layer-, block- and network-wise MoLE.
+
+    Its input is the concatenation of the outputs of the experts of its *leaders*, linears that see
+    the same x (query, key and value; gate and up projection): every expert is as wide there as all
+    of them together.  With leaders alone this is the layer-wise gate.  *Followers* are further
+    linears that take over the weights as they are: the rest of the block, or of the network.
+
+    That is our choice, as the paper defines the wider gates by running whole blocks once per
+    expert.  Ours costs nothing beyond the experts, is causal per token, and with one expert is that
+    LoRA.  A follower needs the same tokens as the leaders, and to run after them.
+
+    What the weights are is a function of x and the parameters alone: leaders that get the same
+    tensor share the work, and one that gets another tensor is gated by that.
+
+    Args:
+        leaders, followers: qualified names of the layers, see :meth:`attach`.
+        out_features: of each leader.
+        ranks: of each leader.
+        num_experts: E.
+        granularity, normalization, mask_mode, compact: see :class:`MoLELinear`.
+        device, dtype: of the parameters.
+
+    Parameters and buffers:
+        gate: ``[E, Σ out_features, E]``, or ``[E, Σ ranks, E]`` if compact; zero.
+        log_tau: scalar, zero.
+        expert_mask: bool ``[E]``.
+
+    Limits: under reentrant gradient checkpointing the followers must be in the same checkpointed
+    part as the leaders (a block's are; for a network-wise gate use the other mode).
+    """
+
+    arguments: ClassVar[tuple[str, ...]] = (
+        "leaders", "followers", "out_features", "ranks", "num_experts", "granularity",
+        "normalization", "mask_mode", "compact",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        leaders: Sequence[str],
+        followers: Sequence[str],
+        out_features: Sequence[int],
+        ranks: Sequence[int],
+        num_experts: int,
+        granularity: str = "token",
+        normalization: str = "l2",
+        mask_mode: str = "gate",
+        compact: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_arguments(granularity, normalization, mask_mode, True, compact)
+        _check_names("leaders", leaders, at_least=1)
+        _check_names("followers", followers, at_least=0)
+        for name, values in (("out_features", out_features), ("ranks", ranks)):
+            good = isinstance(values, Sequence) and all(type(v) is int and v > 0 for v in values)
+            if not good or len(values) != len(leaders):
+                raise ValueError(
+                    f"{name}: wanted a positive int for each of {len(leaders)} leaders, "
+                    f"got {values!r}"
+                )
+        if type(num_experts) is not int or num_experts < 1:
+            raise ValueError(f"num_experts: wanted an int of at least 1, got {num_experts!r}")
+        self.leaders, self.followers = list(leaders), list(followers)
+        self.out_features, self.ranks = list(out_features), list(ranks)
+        self.num_experts = num_experts
+        self.granularity, self.normalization, self.mask_mode = granularity, normalization, mask_mode
+        self.compact = compact
+        width = sum(self.ranks if compact else self.out_features)
+        _new_gate(self, width, num_experts, device=device, dtype=dtype)
+        self.sequence_mask: Tensor | None = None
+        self.routing: Gating | None = None
+        self.dprob_sums: Tensor | None = None  # see balance.record
+        self._members: tuple[nn.Module, ...] = ()  # the leaders; not to be registered
+        self._forget()
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "expert_mask":
+            value = _expert_mask(value, self)
+        super().__setattr__(name, value)
+
+    def attach(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        """Connect with the layers of the names that the constructor got."""
+        # torch.compile wraps modules, which shows in their names.
+        plain = {name.replace("_orig_mod.", ""): layer for name, layer in layers.items()}
+        leaders, followers = (
+            [plain[name] for name in names if name in plain]
+            for names in (self.leaders, self.followers)
+        )
+        self.connect(leaders, followers)
+
+    def connect(self, leaders: Sequence[nn.Module], followers: Sequence[nn.Module] = ()) -> None:
+        """Give `leaders` and `followers` this gate; layers made with ``gated=False``."""
+        self._members = tuple(leaders)
+        self._forget()
+        for layer in (*leaders, *followers):
+            layer.shared_gate = (self,)
+
+    def run(self, layer: MoLELinear, x: Tensor) -> Tensor:
+        """The output of one of its layers."""
+        index = _position(layer, self._members)
+        if index is None:
+            gates = self._take_over(layer, x)
+            return layer.mix(x, layer.hidden(x), gates)
+        recording = torch.is_grad_enabled()
+        is_first = (
+            self._input is not x or self._recording != recording or index not in self._hidden
+        )
+        if is_first:
+            _check_sequences(self, x)
+            hidden = [leader.hidden(x) for leader in self._members]
+            self.gates = _gates(self, hidden, self._members)
+            self._input, self._recording = x, recording
+            self._hidden = dict(enumerate(hidden))
+        y = layer.mix(x, self._hidden.pop(index), self.gates)
+        if not self._hidden:
+            self._input = None  # held no longer than needed
+        if is_first:
+            y, self.routing = balance.record(self, y, _gating(self, self.gates))
+        return y
+
+    def literal_gates(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The gates for a reference layer: everything materialised, nothing kept."""
+        if _position(layer, self._members) is None:
+            return self._take_over(layer, x)
+        outputs, hidden = zip(*(leader.experts(x) for leader in self._members), strict=True)
+        self.gates = reference.mole_gates(
+            torch.cat(outputs, -1), self.gate, self.log_tau.exp(), self.normalization,
+            self.expert_mask, mask_mode=self.mask_mode, granularity=self.granularity,
+            sequence_mask=self.sequence_mask,
+            hidden=torch.cat(hidden, -1) if self.compact else None,
+        )  # fmt: skip
+        self.routing = _gating(self, self.gates)
+        return self.gates
+
+    def _take_over(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The gates for a follower."""
+        gates = self.gates
+        if gates is None:
+            raise RuntimeError(
+                f"shared gate: a follower ran before the leaders {self.leaders} have run"
+            )
+        lead = x.shape[: -2 if self.granularity == "sequence" else -1]
+        if gates.shape[:-1] != lead:
+            raise ValueError(
+                f"x: wanted leading dimensions {list(gates.shape[:-1])} like those of the gate's "
+                f"leaders, got {list(lead)}; such a linear needs a gate of its own"
+            )
+        if (
+            torch.is_grad_enabled()
+            and self.training
+            and self.gate.requires_grad
+            and not gates.requires_grad
+        ):
+            raise RuntimeError(
+                "shared gate: the leaders ran without a graph, so that this follower would not "
+                "train the gate; checkpoint with use_reentrant=False"
+            )
+        return gates
+
+    def _forget(self) -> None:
+        self.gates: Tensor | None = None
+        self._input: Tensor | None = None
+        self._recording = False
+        self._hidden: dict[int, Tensor] = {}
+
+    def __getstate__(self):
+        # What belongs to the last call's graph is not to be copied or pickled.
+        nothing = {"routing": None, "dprob_sums": None, "gates": None, "_input": None}
+        return {**self.__dict__, **nothing, "_hidden": {}}
+
+    def extra_repr(self) -> str:
+        return (
+            f"{len(self.leaders)} leaders, {len(self.followers)} followers, "
+            f"num_experts={self.num_experts}, granularity={self.granularity}, "
+            f"normalization={self.normalization}, mask_mode={self.mask_mode}"
+            + (", compact" if self.compact else "")
+        )
+
+
+@contextlib.contextmanager
+def sequence_mask(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
+    """Tell every MoLE gate in `model`, inside the ``with``, which tokens are real.
+
+    A backward pass that recomputes (gradient checkpointing) belongs inside, too.
+
+    Args:
+        mask: bool or integer ``[batch, length]``, zero for padding, such as a tokenizer's attention
+            mask; None for no padding.  For a gate from the question alone, mark the question.
+    """
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.is_floating_point():
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: wanted a bool or integer tensor, got {got}")
+        mask = mask.bool()
+    kinds = (MoLELinear, reference.MoLELinear, SharedGate)
+    gates = [module for module in model.modules() if isinstance(module, kinds)]
+    before = [gate.sequence_mask for gate in gates]
+    try:
+        for gate in gates:
+            gate.sequence_mask = mask
+        yield
+    finally:
+        for gate, old in zip(gates, before, strict=True):
+            gate.sequence_mask = old
+
+
+def set_expert_mask(model: nn.Module, keep: Tensor | Sequence[bool]) -> None:
+    """Keep these experts in every MoLE gate of `model` and remove the others; nothing is retrained.
+
+    Args:
+        keep: bool ``[E]``, True keeps.
+
+    Raises:
+        TypeError, ValueError: `keep` does not fit or removes every expert, or there is no gate.
+    """
+    gates = [m for m in model.modules() if "expert_mask" in m._buffers]
+    if not gates:
+        raise ValueError("model: has no MoLE gates")
+    checked = [_expert_mask(keep, gate) for gate in gates]
+    for gate, mask in zip(gates, checked, strict=True):
+        gate.expert_mask = mask
+
+
+def check_arguments(granularity, normalization, mask_mode, gated, compact) -> None:
+    """The constructors' contract; a whole model's configuration is checked by it as well."""
+    for name, value, wanted in (
+        ("granularity", granularity, GRANULARITIES),
+        ("normalization", normalization, NORMALIZATIONS),
+        ("mask_mode", mask_mode, MASK_MODES),
+    ):
+        if value not in wanted:
+            raise ValueError(f"{name}: wanted one of {wanted}, got {value!r}")
+    for name, value in (("gated", gated), ("compact", compact)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: wanted a bool, got {value!r}")
+    if compact and normalization == "layernorm":
+        raise ValueError(
+            "compact: wanted another normalization than 'layernorm', whose gate needs more than P"
+        )
+
+
+def empty_loras(
+    in_features: int, out_features: int, *, rank: int, scales: Sequence[float]
+) -> list[tuple[Tensor, Tensor, float]]:
+    """LoRAs without values, of the shapes that a layer with this rank and these scales has."""
+    return [(torch.empty(rank, in_features), torch.empty(out_features, rank), s) for s in scales]
+
+
+# ---------------------------------------------------------------- the gate, in rank space
+
+
+class _Derived(NamedTuple):
+    """What follows from a layer's frozen experts; float32 or wider.
+
+    Attributes:
+        version: of ``lora_up`` at the time.
+        scales: ``[E]``.
+        factors: ``[E, min(r, N), r]``, R of ``s_i B_i``, its columns centred for a layernorm; None
+            for ``"none"``.
+        means: ``[E, r]``, column means of ``s_i B_i``, for a layernorm.
+    """
+
+    version: int
+    scales: Tensor
+    factors: Tensor | None
+    means: Tensor | None
+
+
+def _derive(layer: MoLELinear) -> _Derived:
+    up = layer.lora_up.detach()
+    wide = torch.promote_types(up.dtype, torch.float32)
+    scales = torch.tensor(layer.scales, dtype=wide, device=up.device)
+    columns = up.to(wide).mT * scales[:, None, None]  # [E, N, r]
+    factors = means = None
+    if layer.normalization == "layernorm":
+        means = columns.mean(1)
+        columns = columns - means.unsqueeze(1)
+    if layer.normalization != "none":
+        # R and not Bᵀ B, whose condition is squared and which can make a norm negative.
+        factors = torch.linalg.qr(columns, mode="r").R
+    return _Derived(_version(layer.lora_up), scales, factors, means)
+
+
+def _gates(holder: nn.Module, hidden: Sequence[Tensor], layers: Sequence[MoLELinear]) -> Tensor:
+    """Gates of `holder` (a gated layer or a shared gate) from the hidden of `layers`.
+
+    Args:
+        hidden: ``[..., E, r]`` of each layer; for a gate per sequence with the length before E.
+
+    Returns:
+        ``[..., E]`` in the dtype of `hidden`.
+    """
+    wide = hidden[0].dtype
+    derived = [layer.derived() for layer in layers]
+    mask, gate = holder.expert_mask, holder.gate.to(wide)
+    if holder.granularity == "sequence":
+        hidden = [reference.sequence_mean(h, holder.sequence_mask) for h in hidden]
+    if holder.mask_mode == "input":
+        hidden = [h.masked_fill(~mask.unsqueeze(-1), 0) for h in hidden]
+
+    widths = [layer.out_features for layer in layers]
+    if holder.compact:
+        projections = gate.split([layer.rank for layer in layers], 1)
+    else:
+        projections = [
+            torch.bmm(layer.lora_up.to(wide), part) * d.scales[:, None, None]
+            for layer, part, d in zip(layers, gate.split(widths, 1), derived, strict=True)
+        ]
+
+    inverse, offset = 1.0, 0.0
+    if holder.normalization != "none":
+        # As long as the outputs, and with their inner products inside each expert.
+        images = torch.cat(
+            [
+                torch.einsum("...er,ekr->...ek", h, d.factors)
+                for h, d in zip(hidden, derived, strict=True)
+            ],
+            -1,
+        )
+    if holder.normalization == "l2":
+        norm = torch.linalg.vector_norm(images, dim=(-2, -1), keepdim=True)
+        inverse = 1 / norm.clamp_min(_LEAST_NORM)
+    elif holder.normalization == "l2_per_expert":
+        norm = torch.linalg.vector_norm(images, dim=-1, keepdim=True)
+        inverse = 1 / norm.clamp_min(_LEAST_NORM)
+    elif holder.normalization == "layernorm":
+        present = (mask if holder.mask_mode == "input" else torch.ones_like(mask)).to(wide)
+        size = present.sum() * sum(widths)
+        means = [(h * d.means).sum(-1) for h, d in zip(hidden, derived, strict=True)]  # [..., E]
+        mean = sum(w * m.sum(-1, keepdim=True) for w, m in zip(widths, means, strict=True)) / size
+        spread = sum(
+            w * (present * (m - mean).square()).sum(-1) for w, m in zip(widths, means, strict=True)
+        )
+        variance = (images.square().sum((-2, -1)) + spread) / size
+        inverse = (variance + _LAYERNORM_EPSILON).rsqrt()[..., None, None]
+        offset = mean * inverse.squeeze(-1) * (present @ gate.sum(1))
+    logits = sum(
+        (h * inverse).flatten(-2) @ p.flatten(0, 1)
+        for h, p in zip(hidden, projections, strict=True)
+    )
+    logits = (logits - offset) / holder.log_tau.to(wide).exp()
+    return logits.masked_fill(~mask, float("-inf")).softmax(-1)
+
+
+def _gating(holder: nn.Module, gates: Tensor) -> Gating:
+    real = holder.sequence_mask
+    if real is not None and holder.granularity == "sequence":
+        real = real.any(-1)
+    return reference.gating(gates, holder.expert_mask, real)
+
+
+# ---------------------------------------------------------------- state and checks
+
+_GATE_STATE = ("gate", "log_tau", "expert_mask")
+
+
+def _new_gate(holder: nn.Module, width: int, num_experts: int, *, device, dtype) -> None:
+    like = {"device": device, "dtype": dtype}
+    holder.gate = nn.Parameter(torch.zeros(num_experts, width, num_experts, **like))
+    holder.log_tau = nn.Parameter(torch.zeros((), **like))
+    everyone = torch.ones(num_experts, dtype=torch.bool, device=device)
+    holder.register_buffer("expert_mask", everyone)
+
+
+def _expert_mask(mask: Tensor | Sequence[bool], holder: nn.Module) -> Tensor:
+    """`mask` as a bool tensor for `holder`, checked."""
+    if not isinstance(mask, Tensor):
+        mask = torch.tensor(mask, device=holder.gate.device)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"expert_mask: wanted a bool tensor, got {mask.dtype}")
+    if mask.shape != (holder.num_experts,):
+        raise ValueError(
+            f"expert_mask: wanted shape [{holder.num_experts}], got {list(mask.shape)}"
+        )
+    if not mask.is_meta and not mask.any():
+        raise ValueError("expert_mask: wanted at least one True, but every expert is removed")
+    return mask.to(holder.gate.device)
+
+
+def _check_sequences(holder: nn.Module, x: Tensor) -> None:
+    """x and the sequence mask fit together."""
+    if holder.granularity == "sequence" and x.dim() < 2:
+        raise ValueError(
+            f"x: wanted shape [..., length, in_features] for a gate per sequence, "
+            f"got {list(x.shape)}"
+        )
+    mask = holder.sequence_mask
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"sequence_mask: wanted a bool tensor, got {got}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"sequence_mask: wanted x's leading dimensions {list(x.shape[:-1])}, "
+            f"got {list(mask.shape)}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"sequence_mask: wanted device {x.device} like x, got {mask.device}")
+
+
+def _check_names(argument: str, names: Sequence[str], at_least: int) -> None:
+    good = isinstance(names, Sequence) and not isinstance(names, str)
+    if not good or not all(isinstance(n, str) for n in names) or len(names) < at_least:
+        raise ValueError(
+            f"{argument}: wanted a list of at least {at_least} names of layers, got {names!r}"
+        )
+
+
+def _position(layer: nn.Module, members: Sequence[nn.Module]) -> int | None:
+    return next((i for i, member in enumerate(members) if member is layer), None)
+
+
+def _version(t: Tensor) -> int:
+    """Grows with every change in place; inference tensors do not count them."""
+    return 0 if t.is_inference() or torch.compiler.is_compiling() else t._version
