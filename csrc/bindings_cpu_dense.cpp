@@ -593,7 +593,7 @@ OutputGateCall output_gate_call(const Tensor& x, const Tensor& lora_down, const 
                                 const Tensor& projection, const Tensor& factors,
                                 const OptionalTensor& means, const Tensor& scales,
                                 const Tensor& tau, const OptionalTensor& mask,
-                                int64_t normalization) {
+                                int64_t normalization, bool mask_input) {
   OutputGateCall c;
   c.e = experts_of(x, lora_down, lora_up);
   const Experts& e = c.e;
@@ -602,6 +602,7 @@ OutputGateCall output_gate_call(const Tensor& x, const Tensor& lora_down, const 
   c.mix.E = static_cast<int>(e.E), c.mix.r = static_cast<int>(e.r);
   c.mix.normalization = static_cast<moelora::Normalization>(normalization);
   c.mix.width = static_cast<double>(e.N);
+  c.mix.mask_input = mask_input;
   c.mix.projection = read_wide(projection, x, {c.mix.input_columns(), e.E}, "projection");
   c.mix.factors = read_wide(factors, x, {e.E, e.r, e.r}, "factors");
   STD_TORCH_CHECK(means || c.mix.normalization != moelora::Normalization::kLayerNorm,
@@ -626,9 +627,9 @@ std::tuple<Tensor, Tensor> output_gate_forward(
     const Tensor& x, const Tensor& lora_down, const Tensor& lora_up, const Tensor& projection,
     const Tensor& factors, const OptionalTensor& means, const Tensor& scales, const Tensor& tau,
     const OptionalTensor& mask, const OptionalTensor& bias, const Tensor& y, int64_t normalization,
-    bool accumulate) {
+    bool mask_input, bool accumulate) {
   OutputGateCall c = output_gate_call(x, lora_down, lora_up, projection, factors, means, scales,
-                                      tau, mask, normalization);
+                                      tau, mask, normalization, mask_input);
   const Experts& e = c.e;
   const ScalarType wide = accumulator_of(x);
   Tensor hidden = empty({e.T, e.E * e.r}, wide), mixed = empty({e.T, e.E * e.r}, wide);
@@ -649,10 +650,11 @@ std::tuple<Tensor, Tensor, Tensor> output_gate_backward(
     const Tensor& dy, const OptionalTensor& dgates, const Tensor& lora_down, const Tensor& lora_up,
     const Tensor& projection, const Tensor& factors, const OptionalTensor& means,
     const Tensor& scales, const Tensor& tau, const OptionalTensor& mask, const Tensor& hidden,
-    const Tensor& gates, const Tensor& dx, int64_t normalization, bool accumulate, bool need_dx) {
+    const Tensor& gates, const Tensor& dx, int64_t normalization, bool mask_input, bool accumulate,
+    bool need_dx) {
   // dx stands in for x, which frozen experts do not need: it has its shape even if it is not wanted.
   OutputGateCall c = output_gate_call(dx, lora_down, lora_up, projection, factors, means, scales,
-                                      tau, mask, normalization);
+                                      tau, mask, normalization, mask_input);
   const Experts& e = c.e;
   const ScalarType wide = accumulator_of(dx);
   const Rows dys = check_output(dy, dx, e.N, "dy");

@@ -2,6 +2,10 @@
 
 Old-style functions (``forward(ctx, ...)``): the new style binds a signature on every call, 14 µs
 that a one-token layer feels.  Functorch transforms are therefore not supported.
+
+Every mixture is a frozen linear plus a mix.  The first six arguments are the linear's and the same
+for all, a plain function computes the forward pass (and is all there is without a graph), and a
+class of the same name adds the gradient.
 """
 
 import torch
@@ -11,48 +15,94 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 
+# ---------------------------------------------------------------- the frozen linear
+
+
+def _start(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_output: Tensor | None,
+    expand_first: bool,
+    small_base: bool,
+) -> tuple[Tensor, Tensor | None, bool]:
+    """What a mix's operator writes to: y, the bias that it adds and whether it accumulates.
+
+    Args:
+        x: ``[..., K]``, contiguous, or a matrix with contiguous rows.
+        expand_first: write the adapter, then add the base GEMM with beta = 1.
+        small_base: compute the base with ``ops.small_linear``.
+    """
+    if base_output is not None:
+        # Never written in place: the module that made it may have saved it for its own backward.
+        return base_output.clone(memory_format=torch.contiguous_format), None, True
+    if expand_first:
+        return x.new_empty((*x.shape[:-1], weight.shape[0])), bias, False
+    if small_base:
+        return ops.small_linear(x, weight, bias), None, True
+    return F.linear(x, weight, bias), None, True
+
+
+def _finish(y: Tensor, x: Tensor, weight: Tensor | None, accumulate: bool) -> Tensor:
+    """y with the base in it, if the adapter went first."""
+    if not accumulate:
+        y.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
+    return y
+
+
+def _start_backward(ctx, dy: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+    """dy contiguous; dx that a mix's operator writes to; and whether it accumulates."""
+    dy = dy.contiguous()
+    need_dx = ctx.needs_input_grad[0]
+    if weight is not None and need_dx:
+        return dy, torch.matmul(dy, weight), True
+    return dy, dy.new_empty(ctx.shape), False
+
+
+def _base_gradients(ctx, dy: Tensor, x: Tensor | None):
+    """dweight, dbias and dbase_output; then None for expand_first and small_base."""
+    need = ctx.needs_input_grad
+    rows = dy.reshape(-1, dy.shape[-1]) if need[1] or need[2] else None
+    return (
+        rows.t() @ x.reshape(-1, x.shape[-1]) if need[1] else None,
+        rows.sum(0) if need[2] else None,
+        dy if need[3] else None,
+        None,
+        None,
+    )
+
+
+def _wanted(gradients: tuple[Tensor, ...], need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(g if n else None for g, n in zip(gradients, need, strict=True))
+
+
+# ---------------------------------------------------------------- topk
+
 
 def topk_mixture(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     base_output: Tensor | None,
+    expand_first: bool,
+    small_base: bool,
     lora_down: Tensor,
     lora_up: Tensor,
     router: Tensor,
     seed: Tensor | None,
-    expand_first: bool,
-    small_base: bool,
     *mix,
 ) -> tuple[Tensor, ...]:
     """Frozen linear plus top-k mixture, forward.
 
     Args:
-        x: ``[..., K]``, contiguous, or a matrix with contiguous rows.
-        expand_first: write the adapter, then add the base GEMM with beta = 1.
-        small_base: compute the base with ``ops.small_linear``.
         mix: top_k, scale, renormalize, dropout, dropout_per_expert, stacked.
 
     Returns:
         y ``[..., N]`` and the outputs of ``ops.topk_forward``.
     """
-    if base_output is not None:
-        # Never written in place: the module that made it may have saved it for its own backward.
-        y = base_output.clone(memory_format=torch.contiguous_format)
-        expand_first = False
-    elif expand_first:
-        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    elif small_base:
-        y = ops.small_linear(x, weight, bias)
-    else:
-        y = F.linear(x, weight, bias)
-    routed = ops.topk_forward(
-        x, lora_down, lora_up, router, bias if expand_first else None, seed, y, *mix,
-        not expand_first,
-    )  # fmt: skip
-    if expand_first:
-        y.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
-    return y, *routed
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
+    routed = ops.topk_forward(x, lora_down, lora_up, router, op_bias, seed, y, *mix, accumulate)
+    return _finish(y, x, weight, accumulate), *routed
 
 
 class TopkMixture(torch.autograd.Function):
@@ -64,10 +114,10 @@ class TopkMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, _, _, lora_down, lora_up, router, seed, _, _, *ctx.mix = arguments
+        x, weight, _, _, _, _, lora_down, lora_up, router, seed, *ctx.mix = arguments
         y, saved, counts, prob_sums = topk_mixture(*arguments)
         need = ctx.needs_input_grad
-        kept = x if need[1] or any(need[4:7]) else None
+        kept = x if need[1] or any(need[6:9]) else None
         ctx.save_for_backward(kept, weight, lora_down, lora_up, router, seed, saved)
         ctx.shape = x.shape
         ctx.mark_non_differentiable(counts)
@@ -79,32 +129,355 @@ class TopkMixture(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, _dcounts, dprob_sums: Tensor | None):
         x, weight, lora_down, lora_up, router, seed, saved = ctx.saved_tensors
         need = ctx.needs_input_grad
-        need_dx, need_dparams = need[0], any(need[4:7])
+        need_dx, need_dparams = need[0], any(need[6:9])
         if dy is None:
             dy = lora_up.new_zeros((*ctx.shape[:-1], lora_up.shape[2]))
-        dy = dy.contiguous()
         if dprob_sums is not None:
             dprob_sums = dprob_sums.contiguous()
-
-        accumulate = weight is not None and need_dx
-        dx = (
-            torch.matmul(dy, weight)
-            if accumulate
-            else lora_up.new_empty(ctx.shape if need_dx else (0,))
-        )
-        dlora_down = dlora_up = drouter = None
+        dy, dx, accumulate = _start_backward(ctx, dy, weight)
+        dparams = (None,) * 3
         if need_dx or need_dparams:
             dparams = ops.topk_backward(
                 dy, dx if x is None else x, lora_down, lora_up, router, seed, saved, dprob_sums, dx,
                 *ctx.mix, accumulate, need_dx, need_dparams,
             )  # fmt: skip
-            if need_dparams:
-                dlora_down, dlora_up, drouter = dparams
-        rows = dy.reshape(-1, dy.shape[-1]) if need[1] or need[2] else None
-        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if need[1] else None
-        dbias = rows.sum(0) if need[2] else None
-        dbase = dy if need[3] else None
         return (
-            dx if need_dx else None, dweight, dbias, dbase, dlora_down, dlora_up, drouter,
-            *(None,) * 9,
+            dx if need_dx else None, *_base_gradients(ctx, dy, x), *_wanted(dparams, need[6:9]),
+            *(None,) * 7,
         )  # fmt: skip
+
+
+# ---------------------------------------------------------------- gated
+
+
+def gated_mixture(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_output: Tensor | None,
+    expand_first: bool,
+    small_base: bool,
+    lora_down: Tensor,
+    down_bias: Tensor | None,
+    lora_up: Tensor,
+    up_bias: Tensor | None,
+    weights: Tensor,
+    row_map: Tensor | None,
+    seed: Tensor | None,
+    *mix,
+) -> tuple[Tensor, Tensor]:
+    """Frozen linear plus experts with given weights, forward.
+
+    Args:
+        mix: scale, activation, dropout.
+
+    Returns:
+        y ``[..., N]`` and hidden ``[T, E * r]`` before the activation.
+    """
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
+    hidden = ops.gated_forward(
+        x, lora_down, down_bias, lora_up, up_bias, weights, row_map, op_bias, seed, y, *mix,
+        accumulate,
+    )  # fmt: skip
+    return _finish(y, x, weight, accumulate), hidden
+
+
+class GatedMixture(torch.autograd.Function):
+    """:func:`gated_mixture` with its gradient; frozen experts save hidden and no x."""
+
+    @staticmethod
+    def forward(ctx, *arguments) -> Tensor:
+        x, weight, _, _, _, _, *tensors, row_map, seed = arguments[:13]
+        y, hidden = gated_mixture(*arguments)
+        need = ctx.needs_input_grad
+        kept = x if need[1] or any(need[6:10]) else None
+        ctx.save_for_backward(kept, weight, *tensors, row_map, seed, hidden)
+        ctx.shape, ctx.mix = x.shape, arguments[13:]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, *tensors, row_map, seed, hidden = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        need_dx, need_dparams, need_dweights = need[0], any(need[6:10]), need[10]
+        dy, dx, accumulate = _start_backward(ctx, dy, weight)
+        gradients = (None,) * 5
+        if need_dx or need_dparams or need_dweights:
+            gradients = ops.gated_backward(
+                dy, dx if x is None else x, *tensors, row_map, seed, hidden, dx, *ctx.mix,
+                accumulate, need_dx, need_dparams, need_dweights,
+            )  # fmt: skip
+        return (
+            dx if need_dx else None, *_base_gradients(ctx, dy, x), *_wanted(gradients, need[6:11]),
+            *(None,) * 5,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- grid
+
+
+def grid_mixture(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_output: Tensor | None,
+    expand_first: bool,
+    small_base: bool,
+    lora_down: Tensor,
+    lora_up: Tensor,
+    router: Tensor,
+    omega: Tensor,
+    beta: Tensor,
+    intuition: Tensor | None,
+    row_map: Tensor | None,
+    *mix,
+) -> tuple[Tensor, Tensor]:
+    """Frozen linear plus a grid of rank-1 experts, forward.
+
+    Args:
+        mix: token_scale, task_scale, diagonal.
+
+    Returns:
+        y ``[..., N]`` and ``[T, r1 + gates]``: hidden and logits.
+    """
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
+    hidden = ops.grid_forward(
+        x, lora_down, lora_up, router, omega, beta, intuition, row_map, op_bias, y, *mix, accumulate
+    )
+    return _finish(y, x, weight, accumulate), hidden
+
+
+class GridMixture(torch.autograd.Function):
+    """:func:`grid_mixture` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, *arguments) -> Tensor:
+        x, weight, _, _, _, _, *tensors = arguments[:13]
+        y, hidden = grid_mixture(*arguments)
+        need = ctx.needs_input_grad
+        kept = x if need[1] or any(need[6:11]) else None
+        ctx.save_for_backward(kept, weight, *tensors, hidden)
+        ctx.shape, ctx.mix = x.shape, arguments[13:]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, *tensors, hidden = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        need_dx, need_dparams, need_dintuition = need[0], any(need[6:11]), need[11]
+        dy, dx, accumulate = _start_backward(ctx, dy, weight)
+        gradients = (None,) * 6
+        if need_dx or need_dparams or need_dintuition:
+            gradients = ops.grid_backward(
+                dy, dx if x is None else x, *tensors, hidden, dx, *ctx.mix, accumulate, need_dx,
+                need_dparams, need_dintuition,
+            )  # fmt: skip
+        return (
+            dx if need_dx else None, *_base_gradients(ctx, dy, x), *_wanted(gradients, need[6:12]),
+            *(None,) * 4,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- averaged
+
+
+def averaged_mixture(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_output: Tensor | None,
+    expand_first: bool,
+    small_base: bool,
+    lora_down: Tensor,
+    lora_up: Tensor,
+    weights: Tensor,
+    row_map: Tensor | None,
+    *mix,
+) -> tuple[Tensor, Tensor]:
+    """Frozen linear plus the experts' averaged factors, forward.
+
+    Args:
+        mix: splits, scale.
+
+    Returns:
+        y ``[..., N]`` and hidden ``[T, splits * E * r]``.
+    """
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
+    hidden = ops.averaged_forward(
+        x, lora_down, lora_up, weights, row_map, op_bias, y, *mix, accumulate
+    )
+    return _finish(y, x, weight, accumulate), hidden
+
+
+class AveragedMixture(torch.autograd.Function):
+    """:func:`averaged_mixture` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, *arguments) -> Tensor:
+        x, weight, _, _, _, _, *tensors = arguments[:10]
+        y, hidden = averaged_mixture(*arguments)
+        need = ctx.needs_input_grad
+        kept = x if need[1] or any(need[6:8]) else None
+        ctx.save_for_backward(kept, weight, *tensors, hidden)
+        ctx.shape, ctx.mix = x.shape, arguments[10:]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, *tensors, hidden = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        need_dx, need_dparams, need_dweights = need[0], any(need[6:8]), need[8]
+        dy, dx, accumulate = _start_backward(ctx, dy, weight)
+        gradients = (None,) * 3
+        if need_dx or need_dparams or need_dweights:
+            gradients = ops.averaged_backward(
+                dy, dx if x is None else x, *tensors, hidden, dx, *ctx.mix, accumulate, need_dx,
+                need_dparams, need_dweights,
+            )  # fmt: skip
+        return (
+            dx if need_dx else None, *_base_gradients(ctx, dy, x), *_wanted(gradients, need[6:9]),
+            *(None,) * 3,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- output gate
+
+
+def output_gate_mixture(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_output: Tensor | None,
+    expand_first: bool,
+    small_base: bool,
+    lora_down: Tensor,
+    lora_up: Tensor,
+    projection: Tensor,
+    tau: Tensor,
+    factors: Tensor,
+    means: Tensor | None,
+    scales: Tensor,
+    mask: Tensor | None,
+    *mix,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Frozen linear plus frozen experts gated on their own outputs, forward.
+
+    Args:
+        mix: normalization, mask_input.
+
+    Returns:
+        y ``[..., N]``, gates ``[T, E]`` and hidden ``[T, E * r]``.
+    """
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
+    hidden, gates = ops.output_gate_forward(
+        x, lora_down, lora_up, projection, factors, means, scales, tau, mask, op_bias, y, *mix,
+        accumulate,
+    )  # fmt: skip
+    return _finish(y, x, weight, accumulate), gates, hidden
+
+
+class OutputGateMixture(torch.autograd.Function):
+    """:func:`output_gate_mixture` with its gradient: x, projection and tau; experts are frozen."""
+
+    @staticmethod
+    def forward(ctx, *arguments) -> tuple[Tensor, Tensor]:
+        x, weight, _, _, _, _, *tensors = arguments[:14]
+        y, gates, hidden = output_gate_mixture(*arguments)
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, weight, *tensors, hidden, gates
+        )
+        ctx.shape, ctx.mix = x.shape, arguments[14:]
+        ctx.set_materialize_grads(False)
+        return y, gates
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor | None, dgates: Tensor | None):
+        x, weight, *tensors, hidden, gates = ctx.saved_tensors
+        lora_down, lora_up, projection, tau, factors, means, scales, mask = tensors
+        need = ctx.needs_input_grad
+        if dy is None:
+            dy = lora_up.new_zeros((*ctx.shape[:-1], lora_up.shape[2]))
+        if dgates is not None:
+            dgates = dgates.contiguous()
+        dy, dx, accumulate = _start_backward(ctx, dy, weight)
+        dprojection = dtau = None
+        if need[0] or need[8] or need[9]:
+            normalized, dlogits, dtau = ops.output_gate_backward(
+                dy, dgates, lora_down, lora_up, projection, factors, means, scales, tau, mask,
+                hidden, gates, dx, *ctx.mix, accumulate, need[0],
+            )  # fmt: skip
+            dprojection = normalized.t() @ dlogits if need[8] else None
+        return (
+            dx if need[0] else None, *_base_gradients(ctx, dy, x), None, None, dprojection,
+            dtau if need[9] else None, *(None,) * 6,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the products alone
+
+
+class Shrink(torch.autograd.Function):
+    """``hidden = x @ rows.T`` in the accumulator's dtype."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(x if need[1] else None, rows if need[0] else None)
+        ctx.shape = x.shape
+        return ops.shrink(x, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dhidden: Tensor):
+        x, rows = ctx.saved_tensors
+        dhidden = dhidden.contiguous()
+        dx = None
+        if rows is not None:
+            dx = rows.new_empty(ctx.shape)
+            ops.expand(dhidden, rows, dx, False)
+        return dx, ops.outer(dhidden, x) if x is not None else None
+
+
+def expand_mixture(
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_output: Tensor | None,
+    expand_first: bool,
+    small_base: bool,
+    hidden: Tensor,
+    rows: Tensor,
+) -> tuple[Tensor]:
+    """Frozen linear, or a given y, plus ``hidden @ rows``; x may be None beside a given y."""
+    y, _, _ = _start(x, weight, bias, base_output, False, small_base)
+    ops.expand(hidden, rows, y, True)
+    return (y,)
+
+
+class ExpandMixture(torch.autograd.Function):
+    """:func:`expand_mixture` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, *arguments) -> Tensor:
+        x, weight, _, _, _, _, hidden, rows = arguments
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need[1] else None, weight, hidden if need[7] else None, rows if need[6] else None
+        )
+        return expand_mixture(*arguments)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, hidden, rows = ctx.saved_tensors
+        dy = dy.contiguous()
+        return (
+            torch.matmul(dy, weight) if ctx.needs_input_grad[0] and weight is not None else None,
+            *_base_gradients(ctx, dy, x),
+            ops.shrink(dy, rows) if rows is not None else None,
+            ops.outer(hidden, dy) if hidden is not None else None,
+        )

@@ -32,12 +32,77 @@ _library.define(
     " bool need_dx, bool need_dparams)"
     " -> (Tensor dlora_down, Tensor dlora_up, Tensor drouter)"
 )
+_library.define(
+    "gated_forward(Tensor x, Tensor lora_down, Tensor? down_bias, Tensor lora_up, Tensor? up_bias,"
+    " Tensor weights, Tensor? row_map, Tensor? bias, Tensor? seed, Tensor(a!) y, float scale,"
+    " int activation, float dropout, bool accumulate) -> Tensor hidden"
+)
+_library.define(
+    "gated_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor? down_bias, Tensor lora_up,"
+    " Tensor? up_bias, Tensor weights, Tensor? row_map, Tensor? seed, Tensor hidden,"
+    " Tensor(a!) dx, float scale, int activation, float dropout, bool accumulate, bool need_dx,"
+    " bool need_dparams, bool need_dweights)"
+    " -> (Tensor dlora_down, Tensor ddown_bias, Tensor dlora_up, Tensor dup_bias, Tensor dweights)"
+)
+_library.define(
+    "grid_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor omega,"
+    " Tensor beta, Tensor? intuition, Tensor? row_map, Tensor? bias, Tensor(a!) y,"
+    " float token_scale, float task_scale, bool diagonal, bool accumulate) -> Tensor hidden"
+)
+_library.define(
+    "grid_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor router,"
+    " Tensor omega, Tensor beta, Tensor? intuition, Tensor? row_map, Tensor hidden, Tensor(a!) dx,"
+    " float token_scale, float task_scale, bool diagonal, bool accumulate, bool need_dx,"
+    " bool need_dparams, bool need_dintuition)"
+    " -> (Tensor dlora_down, Tensor dlora_up, Tensor drouter, Tensor domega, Tensor dbeta,"
+    " Tensor dintuition)"
+)
+_library.define(
+    "averaged_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor weights, Tensor? row_map,"
+    " Tensor? bias, Tensor(a!) y, int splits, float scale, bool accumulate) -> Tensor hidden"
+)
+_library.define(
+    "averaged_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor weights,"
+    " Tensor? row_map, Tensor hidden, Tensor(a!) dx, int splits, float scale, bool accumulate,"
+    " bool need_dx, bool need_dparams, bool need_dweights)"
+    " -> (Tensor dlora_down, Tensor dlora_up, Tensor dweights)"
+)
+_library.define(
+    "output_gate_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor projection,"
+    " Tensor factors, Tensor? means, Tensor scales, Tensor tau, Tensor? mask, Tensor? bias,"
+    " Tensor(a!) y, int normalization, bool mask_input, bool accumulate)"
+    " -> (Tensor hidden, Tensor gates)"
+)
+_library.define(
+    "output_gate_backward(Tensor dy, Tensor? dgates, Tensor lora_down, Tensor lora_up,"
+    " Tensor projection, Tensor factors, Tensor? means, Tensor scales, Tensor tau, Tensor? mask,"
+    " Tensor hidden, Tensor gates, Tensor(a!) dx, int normalization, bool mask_input,"
+    " bool accumulate, bool need_dx) -> (Tensor normalized, Tensor dlogits, Tensor dtau)"
+)
+_library.define("shrink(Tensor x, Tensor rows) -> Tensor hidden")
+_library.define("expand(Tensor hidden, Tensor rows, Tensor(a!) y, bool accumulate) -> ()")
+_library.define("outer(Tensor hidden, Tensor x) -> Tensor rows")
 _library.define("small_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 # Bound once: looking a packet up costs more than the dispatch itself.
 topk_forward = torch.ops.moelora_ops.topk_forward.default
 topk_backward = torch.ops.moelora_ops.topk_backward.default
+gated_forward = torch.ops.moelora_ops.gated_forward.default
+gated_backward = torch.ops.moelora_ops.gated_backward.default
+grid_forward = torch.ops.moelora_ops.grid_forward.default
+grid_backward = torch.ops.moelora_ops.grid_backward.default
+averaged_forward = torch.ops.moelora_ops.averaged_forward.default
+averaged_backward = torch.ops.moelora_ops.averaged_backward.default
+output_gate_forward = torch.ops.moelora_ops.output_gate_forward.default
+output_gate_backward = torch.ops.moelora_ops.output_gate_backward.default
+shrink = torch.ops.moelora_ops.shrink.default
+expand = torch.ops.moelora_ops.expand.default
+outer = torch.ops.moelora_ops.outer.default
 small_linear = torch.ops.moelora_ops.small_linear.default
+
+# The numbers by which the operators know them; csrc/mix/gated.h and output_gate.h.
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+NORMALIZATIONS = {"none": 0, "l2": 1, "l2_per_expert": 2, "layernorm": 3}
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -94,6 +159,108 @@ def _topk_backward_fake(
     if not need_dparams:
         return tuple(lora_down.new_empty((0,)) for _ in range(3))
     return tuple(p.new_empty(p.shape) for p in (lora_down, lora_up, router))
+
+
+def _wide(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=accumulator_dtype(like.dtype))
+
+
+def _tokens(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _gradients(wanted: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
+    return tuple(p.new_empty(p.shape if wanted else (0,)) for p in parameters)
+
+
+@torch.library.register_fake("moelora_ops::gated_forward")
+def _gated_forward_fake(
+    x, lora_down, down_bias, lora_up, up_bias, weights, row_map, bias, seed, y, scale, activation,
+    dropout, accumulate,
+):  # fmt: skip
+    return _wide(x, _tokens(x), lora_down.shape[0] * lora_down.shape[1])
+
+
+@torch.library.register_fake("moelora_ops::gated_backward")
+def _gated_backward_fake(
+    dy, x, lora_down, down_bias, lora_up, up_bias, weights, row_map, seed, hidden, dx, scale,
+    activation, dropout, accumulate, need_dx, need_dparams, need_dweights,
+):  # fmt: skip
+    absent = x.new_empty((0,))
+    biases = (absent if b is None else b for b in (down_bias, up_bias))
+    ddown_bias, dup_bias = _gradients(need_dparams, *biases)
+    dlora_down, dlora_up = _gradients(need_dparams, lora_down, lora_up)
+    rows = weights.shape[0] if need_dweights else 0
+    return dlora_down, ddown_bias, dlora_up, dup_bias, _wide(x, rows, weights.shape[1])
+
+
+@torch.library.register_fake("moelora_ops::grid_forward")
+def _grid_forward_fake(
+    x, lora_down, lora_up, router, omega, beta, intuition, row_map, bias, y, token_scale,
+    task_scale, diagonal, accumulate,
+):  # fmt: skip
+    return _wide(x, _tokens(x), lora_down.shape[0] + router.shape[0])
+
+
+@torch.library.register_fake("moelora_ops::grid_backward")
+def _grid_backward_fake(
+    dy, x, lora_down, lora_up, router, omega, beta, intuition, row_map, hidden, dx, token_scale,
+    task_scale, diagonal, accumulate, need_dx, need_dparams, need_dintuition,
+):  # fmt: skip
+    rows = intuition.shape[0] if intuition is not None and need_dintuition else 0
+    return (
+        *_gradients(need_dparams, lora_down, lora_up, router, omega, beta),
+        _wide(x, rows, router.shape[0]),
+    )
+
+
+@torch.library.register_fake("moelora_ops::averaged_forward")
+def _averaged_forward_fake(
+    x, lora_down, lora_up, weights, row_map, bias, y, splits, scale, accumulate
+):
+    return _wide(x, _tokens(x), splits * lora_down.shape[0] * lora_down.shape[1])
+
+
+@torch.library.register_fake("moelora_ops::averaged_backward")
+def _averaged_backward_fake(
+    dy, x, lora_down, lora_up, weights, row_map, hidden, dx, splits, scale, accumulate, need_dx,
+    need_dparams, need_dweights,
+):  # fmt: skip
+    rows = weights.shape[0] if need_dweights else 0
+    return *_gradients(need_dparams, lora_down, lora_up), _wide(x, rows, weights.shape[1])
+
+
+@torch.library.register_fake("moelora_ops::output_gate_forward")
+def _output_gate_forward_fake(
+    x, lora_down, lora_up, projection, factors, means, scales, tau, mask, bias, y, normalization,
+    mask_input, accumulate,
+):  # fmt: skip
+    num_experts, rank, _ = lora_down.shape
+    return _wide(x, _tokens(x), num_experts * rank), _wide(x, _tokens(x), num_experts)
+
+
+@torch.library.register_fake("moelora_ops::output_gate_backward")
+def _output_gate_backward_fake(
+    dy, dgates, lora_down, lora_up, projection, factors, means, scales, tau, mask, hidden, gates,
+    dx, normalization, mask_input, accumulate, need_dx,
+):  # fmt: skip
+    tokens = _tokens(dx)
+    return _wide(dx, tokens, projection.shape[0]), _wide(dx, *gates.shape), _wide(dx, 1)
+
+
+@torch.library.register_fake("moelora_ops::shrink")
+def _shrink_fake(x: Tensor, rows: Tensor) -> Tensor:
+    return _wide(x, *x.shape[:-1], rows.shape[0])
+
+
+@torch.library.register_fake("moelora_ops::expand")
+def _expand_fake(hidden: Tensor, rows: Tensor, y: Tensor, accumulate: bool) -> None:
+    pass
+
+
+@torch.library.register_fake("moelora_ops::outer")
+def _outer_fake(hidden: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty((hidden.shape[-1], x.shape[-1]))
 
 
 @torch.library.register_fake("moelora_ops::small_linear")

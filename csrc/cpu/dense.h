@@ -267,6 +267,7 @@ struct Mixes {
             at(m.means, 0),
             at(m.scales, 0),
             m.mask,
+            m.mask_input,
             static_cast<A>(1 / m.tau),
             static_cast<A>(1 / m.width)};
   }

@@ -166,6 +166,7 @@ struct OutputGating {
   double tau, width;                                // width: N
   const void *projection, *factors, *means, *scales;  // A, see mix/output_gate.h
   const uint8_t* mask;                              // [E] or null
+  bool mask_input;
   void *hidden, *mixed;
   void* gates;  // A [T, E]
   const void* dmixed;

@@ -28,17 +28,19 @@ struct OutputGate {
   const A* means;         // [R], kLayerNorm only: s_i B_iᵀ 1 / N
   const A* scales;        // [E]: s_i
   const uint8_t* mask;    // [E] nonzero where an expert may be used, or null for all
+  bool mask_input;        // unused experts do not feed the gate either
   A inv_tau;              // 1 / τ
   A inv_width;            // 1 / N, kLayerNorm only
   MOELORA_HD int columns() const {  // of the normalised input
     return E * r + (normalization == Normalization::kLayerNorm ? 1 : 0);
   }
+  MOELORA_HD bool feeds(int e) const { return !mask_input || !mask || mask[e]; }
 };
 
 constexpr double kNormEpsilon = 1e-12;       // least norm, as torch.nn.functional.normalize
 constexpr double kLayerNormEpsilon = 1e-5;   // as torch.nn.LayerNorm
 
-// |R_i h|² of one expert; with `gradient` also adds factor Rᵀ R h to it.
+// |R h|² of one expert, and coefficient Rᵀ R h added to dh.
 template <class A>
 MOELORA_HD A squared_norm(const A* factor, const A* h, int r) {
   A total = 0;
@@ -58,46 +60,67 @@ MOELORA_HD void add_norm_gradient(const A* factor, const A* h, int r, A coeffici
   }
 }
 
+// Means of the experts' outputs and of those that feed the gate together, for kLayerNorm.
 template <class A>
 MOELORA_HD A mean_of_expert(const OutputGate<A>& g, int e, const A* hidden) {
   A sum = 0;
   for (int j = e * g.r; j < (e + 1) * g.r; ++j) sum += g.means[j] * hidden[j];
   return sum;
 }
+template <class A>
+MOELORA_HD A mean_of_all(const OutputGate<A>& g, int feeding, const A* hidden) {
+  A mean = 0;
+  for (int e = 0; e < g.E; ++e)
+    if (g.feeds(e)) mean += mean_of_expert(g, e, hidden) / feeding;
+  return mean;
+}
+
+template <class A>
+MOELORA_HD int count_feeding(const OutputGate<A>& g) {
+  int feeding = 0;
+  for (int e = 0; e < g.E; ++e) feeding += g.feeds(e);
+  return feeding;
+}
 
 // The gate's input in rank space: hidden over the norm that each expert is divided by, and for
 // kLayerNorm the mean over it as one more column.
 //   normalized [columns()] out
-//   inverse    [E] out: 1 / norm per expert, 0 where it has no gradient (clamped)
+//   inverse    [E] out: 1 / norm per expert, 0 where it does not feed the gate
 template <class A>
 MOELORA_HD void normalize_row(const OutputGate<A>& g, const A* hidden, A* normalized, A* inverse) {
   const int E = g.E, r = g.r;
-  const A epsilon = static_cast<A>(kNormEpsilon);
+  const A least = static_cast<A>(kNormEpsilon);
+  const auto square = [&](int e) { return squared_norm(g.factors + e * r * r, hidden + e * r, r); };
   if (g.normalization == Normalization::kNone) {
     for (int e = 0; e < E; ++e) inverse[e] = 1;
   } else if (g.normalization == Normalization::kL2PerExpert) {
     for (int e = 0; e < E; ++e) {
-      const A norm = std::sqrt(squared_norm(g.factors + e * r * r, hidden + e * r, r));
-      inverse[e] = 1 / (norm < epsilon ? epsilon : norm);
+      const A norm = std::sqrt(square(e));
+      inverse[e] = 1 / (norm < least ? least : norm);
     }
   } else {
-    A total = 0, mean = 0, spread = 0;
-    for (int e = 0; e < E; ++e) total += squared_norm(g.factors + e * r * r, hidden + e * r, r);
+    A total = 0;
+    for (int e = 0; e < E; ++e)
+      if (g.feeds(e)) total += square(e);
     A norm = std::sqrt(total);
     if (g.normalization == Normalization::kLayerNorm) {
-      for (int e = 0; e < E; ++e) mean += mean_of_expert(g, e, hidden) / E;
+      const int feeding = count_feeding(g);
+      const A mean = mean_of_all(g, feeding, hidden);
+      A spread = 0;
       for (int e = 0; e < E; ++e) {
-        const A difference = mean_of_expert(g, e, hidden) - mean;
-        spread += difference * difference / E;
+        const A difference = g.feeds(e) ? mean_of_expert(g, e, hidden) - mean : A(0);
+        spread += difference * difference;
       }
-      norm = std::sqrt(total * g.inv_width / E + spread + static_cast<A>(kLayerNormEpsilon));
+      norm = std::sqrt((total * g.inv_width + spread) / feeding + static_cast<A>(kLayerNormEpsilon));
+      normalized[E * r] = mean / norm;
     }
-    norm = norm < epsilon ? epsilon : norm;
-    for (int e = 0; e < E; ++e) inverse[e] = 1 / norm;
-    if (g.normalization == Normalization::kLayerNorm) normalized[E * r] = mean / norm;
+    for (int e = 0; e < E; ++e) inverse[e] = 1 / (norm < least ? least : norm);
   }
-  for (int e = 0; e < E; ++e)
-    for (int j = e * r; j < (e + 1) * r; ++j) normalized[j] = hidden[j] * inverse[e];
+  for (int e = 0; e < E; ++e) {
+    if (!g.feeds(e)) inverse[e] = 0;
+    for (int j = e * r; j < (e + 1) * r; ++j)
+      normalized[j] = g.feeds(e) ? hidden[j] * inverse[e] : A(0);
+  }
 }
 
 // One token.
@@ -161,13 +184,14 @@ MOELORA_HD A output_gate_backward_row(const OutputGate<A>& g, const A* hidden, c
     for (int n = 0; n < E; ++n) sum += dlogits[n] * g.projection[c * E + n];
     dnormalized[c] = sum;
   }
-  // Through the norm: with u = H / ν, dH = du / ν - (Σ du u) dν/dH / ν.
-  A along_all = 0, mean = 0;
-  for (int c = 0; c < columns; ++c) along_all += dnormalized[c] * normalized[c];
+  // Through the norm ν: with u = H / ν, dH = du / ν - (Σ du u) dν/dH / ν.
   const bool layer_norm = g.normalization == Normalization::kLayerNorm;
-  if (layer_norm)
-    for (int e = 0; e < E; ++e) mean += mean_of_expert(g, e, hidden) / E;
+  const int feeding = count_feeding(g);
+  const A mean = layer_norm ? mean_of_all(g, feeding, hidden) : A(0);
+  A along_all = 0;
+  for (int c = 0; c < columns; ++c) along_all += dnormalized[c] * normalized[c];
   for (int e = 0; e < E; ++e) {
+    if (!g.feeds(e)) continue;
     const A* h = hidden + e * r;
     A* dh = dhidden + e * r;
     A along = along_all;
@@ -180,11 +204,11 @@ MOELORA_HD A output_gate_backward_row(const OutputGate<A>& g, const A* hidden, c
     // A norm that was clamped is a constant.
     if (!layer_norm && inverse[e] >= 1 / static_cast<A>(kNormEpsilon)) continue;
     const A square = inverse[e] * inverse[e];
-    const A share = layer_norm ? g.inv_width / E : A(1);
+    const A share = layer_norm ? g.inv_width / feeding : A(1);
     add_norm_gradient(g.factors + e * r * r, h, r, -along * square * share, dh);
     if (!layer_norm) continue;
     const A difference = mean_of_expert(g, e, hidden) - mean;
-    const A dmean = -along * square * difference / E + dnormalized[E * r] * inverse[e] / E;
+    const A dmean = (dnormalized[E * r] * inverse[e] - along * square * difference) / feeding;
     for (int j = 0; j < r; ++j) dh[j] += dmean * g.means[e * r + j];
   }
   return dtau;

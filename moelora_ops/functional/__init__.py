@@ -1,0 +1,24 @@
+"""The methods as stateless functions: validate, apply autocast, run the chosen back end."""
+
+from ..reference import Routing
+from .averaged import averaged
+from .common import check_dropout, check_finite, check_top_k
+from .gated import gated
+from .mola import mola
+from .mole import mole
+from .mor1e import mor1e
+from .products import expand, shrink
+
+__all__ = [
+    "Routing",
+    "averaged",
+    "check_dropout",
+    "check_finite",
+    "check_top_k",
+    "expand",
+    "gated",
+    "mola",
+    "mole",
+    "mor1e",
+    "shrink",
+]
