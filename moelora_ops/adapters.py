@@ -122,19 +122,10 @@ def load_adapter(
             not fit.
         ImportError: safetensors is not installed.
     """
-    safetensors = _safetensors()
     check_dtype("dtype", dtype)
     directory = Path(dir)
-    modules, companions, weights = _read(directory)
-    tensors = safetensors.load(weights)
+    modules, companions, tensors = read_adapter(directory)
     entries = _qualified(modules, companions)
-    wanted = {
-        f"{name}.{key}": shape for name, e in entries.items() for key, shape in e["tensors"].items()
-    }
-    _fail_on(
-        _differences(wanted, {key: list(t.shape) for key, t in tensors.items()}),
-        f"{directory / INDEX_NAME}: does not describe its weights file",
-    )
     mismatch = f"model: the adapter in {directory} is of another model"
 
     def check_kinds(name: str, module: nn.Module) -> None:
@@ -208,6 +199,37 @@ def load_adapter(
         },
         lambda name, module: fill(_plain(name), module),
     )
+
+
+def read_adapter(
+    dir: str | os.PathLike,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """What is in a file of :func:`save_adapter`, validated, without a model.
+
+    Args:
+        dir: what :func:`save_adapter` wrote.
+
+    Returns:
+        The descriptions (method, arguments, shapes of the tensors) of the layers and of the
+        companions, by name, and all tensors, by the qualified names that they have in a model.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: see :func:`load_adapter`.
+    """
+    safetensors = _safetensors()
+    directory = Path(dir)
+    modules, companions, weights = _read(directory)
+    tensors = safetensors.load(weights)
+    wanted = {
+        f"{name}.{key}": shape
+        for name, entry in _qualified(modules, companions).items()
+        for key, shape in entry["tensors"].items()
+    }
+    _fail_on(
+        _differences(wanted, {key: list(t.shape) for key, t in tensors.items()}),
+        f"{directory / INDEX_NAME}: does not describe its weights file",
+    )
+    return modules, companions, tensors
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from . import reference
 from .companions import COMPANIONS, Companion, companions_of, root_of
-from .configs import AdapterConfig, MoLAConfig
-from .nn import AdapterLinear, MoLALinear
+from .configs import AdapterConfig, MoLAConfig, PEMTConfig, PEMTSourceConfig
+from .nn import AdapterLinear, MoLALinear, PEMTLinear, PEMTSourceLinear
+from .prompts import SourcePrompt, TargetPrompt, TrainedNorms
 
 IMPLEMENTATIONS = ("fused", "reference")
 
@@ -42,6 +43,33 @@ METHODS = {
         reference.MoLALinear,
         ("num_experts", "rank", "alpha", "top_k", "dropout", "dropout_mode", "renormalize"),
         training_only=("dropout", "dropout_mode"),
+    ),
+    "pemt_source": Method(
+        PEMTSourceConfig,
+        PEMTSourceLinear,
+        reference.PEMTSourceLinear,
+        ("rank", "alpha", "kind", "init"),
+        training_only=("init",),
+        companions={"prompt": SourcePrompt},
+    ),
+    "pemt": Method(
+        PEMTConfig,
+        PEMTLinear,
+        reference.PEMTLinear,
+        (
+            "ranks",
+            "scales",
+            "biases",
+            "activation",
+            "gate_query",
+            "gate_features",
+            "prompt_length",
+            "bottleneck",
+            "residual",
+            "sparsity",
+        ),
+        training_only=("sparsity",),
+        companions={"prompt": TargetPrompt, "norms": TrainedNorms},
     ),
 }
 

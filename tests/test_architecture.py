@@ -25,9 +25,11 @@ ARROWS = {
     "functional": {"autograd", "backends", "ops", "reference"},
     "balance": {"depth", "functional"},
     "nn": {"balance", "companions", "functional", "reference"},
-    "configs": {"companions", "depth", "functional", "nn"},
-    "models": {"companions", "configs", "nn", "reference"},
+    "prompts": {"companions", "reference"},
+    "configs": {"companions", "depth", "functional", "nn", "prompts", "reference"},
+    "models": {"companions", "configs", "nn", "prompts", "reference"},
     "adapters": {"_version", "companions", "configs", "models"},
+    "pemt": {"adapters", "companions", "configs", "models", "nn", "reference"},
     "info": {"_version", "backends", "functional"},
     "bench": {"_version", "backends", "functional", "info", "nn", "reference"},
 }

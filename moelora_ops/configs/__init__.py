@@ -2,5 +2,6 @@
 
 from .base import AdapterConfig
 from .mola import MoLAConfig
+from .pemt import PEMTConfig, PEMTSource, PEMTSourceConfig
 
-__all__ = ["AdapterConfig", "MoLAConfig"]
+__all__ = ["AdapterConfig", "MoLAConfig", "PEMTConfig", "PEMTSource", "PEMTSourceConfig"]

@@ -1,7 +1,7 @@
 """PEMT: frozen source experts, a prompt gate and a serial adapter on T5's W_o (2402.15082)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import functional, reference
 from ..reference import Agreement, Expert
 from .base import AdapterLinear
+from .loras import stack_loras
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh")
 GATE_QUERIES = (None, "input", "encoder")
@@ -137,12 +138,7 @@ class PEMTSourceLinear(AdapterLinear):
 
     def expert(self) -> Expert:
         """The trained expert as stage 2 takes it: detached, not copied."""
-        biases = (None, None)
-        if self.kind == "adapter":
-            biases = (self.down_bias[0].detach(), self.up_bias[0].detach())
-        return Expert(
-            self.lora_down[0].detach(), self.lora_up[0].detach().T, self._scale(), *biases
-        )
+        return source_expert(dict(self.named_parameters()), self.rank, self.alpha, self.kind)
 
     def forward(self, x: Tensor, ffn_input: Tensor | None = None) -> Tensor:
         """x ``[..., in_features]`` to y ``[..., out_features]``.
@@ -154,14 +150,17 @@ class PEMTSourceLinear(AdapterLinear):
         """
         ffn_input, self.ffn_input = self.ffn_input if ffn_input is None else ffn_input, None
         y = functional.gated(
-            x, lora_down=self.lora_down, lora_up=self.lora_up, weights=_one_per_token(x),
-            scale=self._scale(), activation="gelu_tanh" if self.residual else None,
-            down_bias=self.down_bias, up_bias=self.up_bias, **self.base_arguments(x),
-        )  # fmt: skip
+            x,
+            lora_down=self.lora_down,
+            lora_up=self.lora_up,
+            weights=_one_per_token(x),
+            scale=source_scale(self.rank, self.alpha, self.kind),
+            activation="gelu_tanh" if self.residual else None,
+            down_bias=self.down_bias,
+            up_bias=self.up_bias,
+            **self.base_arguments(x),
+        )
         return y + _required_ffn_input(ffn_input) if self.residual else y
-
-    def _scale(self) -> float:
-        return 1.0 if self.kind == "adapter" else self.alpha / self.rank
 
     @classmethod
     def from_reference(cls, layer: reference.PEMTSourceLinear) -> "PEMTSourceLinear":
@@ -182,6 +181,18 @@ class PEMTSourceLinear(AdapterLinear):
         )
 
 
+def source_scale(rank: int, alpha: float, kind: str) -> float:
+    """s of a source's expert."""
+    return 1.0 if kind == "adapter" else alpha / rank
+
+
+def source_expert(tensors: Mapping[str, Tensor], rank: int, alpha: float, kind: str) -> Expert:
+    """The expert of a :class:`PEMTSourceLinear` from its parameters by name, detached."""
+    names = ("lora_down", "lora_up", *(("down_bias", "up_bias") if kind == "adapter" else ()))
+    down, up, *biases = (tensors[name][0].detach() for name in names)
+    return Expert(down, up.T, source_scale(rank, alpha, kind), *biases)
+
+
 class PEMTLinear(AdapterLinear):
     """Stage 2: frozen source experts, weighted by how much the prompt correlates with them, fused.
 
@@ -194,9 +205,10 @@ class PEMTLinear(AdapterLinear):
 
     Args:
         base: the frozen layer, W_o of the feed-forward; see :class:`AdapterLinear`.
-        experts: of the source tasks, each an :class:`~moelora_ops.reference.Expert` or a tuple
-            ``(A [r, in], B [out, r], scale)``, with ``(…, a [r], b [out])`` for adapters.  Ranks
-            may differ; lower ones are padded with zeros.  They are copied and frozen.
+        loras: experts of the source tasks, each a tuple ``(A [r, in], B [out, r], scale)``, for
+            adapters ``(A, B, scale, a [r], b [out])``, such as
+            :class:`moelora_ops.reference.Expert`.  Ranks may differ; lower ones are padded with
+            zeros.  They are copied and frozen.
         activation: φ: None for LoRAs, ``"gelu_tanh"`` for PEMT's adapters, ``"relu"``, ``"gelu"``.
         gate_query: ``"input"`` takes q from x, ``"encoder"`` from `encoder_states`; None for no
             gate, then forward needs `weights`.
@@ -226,7 +238,7 @@ class PEMTLinear(AdapterLinear):
     def __init__(
         self,
         base: nn.Module,
-        experts: Sequence[Expert | tuple],
+        loras: Sequence[Expert | tuple],
         *,
         activation: str | None = None,
         gate_query: str | None = None,
@@ -238,26 +250,26 @@ class PEMTLinear(AdapterLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        experts = check_experts(experts, base)
-        ranks = [len(expert.down) for expert in experts]
-        scales = [float(expert.scale) for expert in experts]
-        biases = experts[0].down_bias is not None
+        ranks, scales, biases = _describe(loras, base)
         check_arguments(
             ranks, scales, biases, activation, gate_query, gate_features, prompt_length,
             bottleneck, residual, sparsity,
         )  # fmt: skip
         super().__init__(base, device, dtype)
-        self.num_experts, self.rank = len(experts), max(ranks)
+        self.num_experts, self.rank = len(ranks), max(ranks)
         self.ranks, self.scales, self.biases = ranks, scales, biases
         self.activation, self.residual, self.sparsity = activation, residual, sparsity
         self.gate_query, self.prompt_length, self.bottleneck = gate_query, prompt_length, bottleneck
         self.gate_features = self.in_features if gate_query == "input" else gate_features
-        self.lora_down = self._stack([e.down for e in experts], self.rank, self.in_features)
-        self.lora_up = self._stack([e.up.T for e in experts], self.rank, self.out_features)
+        stack = stack_loras(
+            [lora[:3] for lora in loras], self.in_features, self.out_features, **self._new
+        )
+        self.lora_down = nn.Parameter(stack.lora_down, requires_grad=False)
+        self.lora_up = nn.Parameter(stack.lora_up, requires_grad=False)
         self.down_bias = self.up_bias = self.gate = self.adapter = None
         if biases:
-            self.down_bias = self._stack([e.down_bias for e in experts], self.rank)
-            self.up_bias = self._stack([e.up_bias for e in experts], self.out_features)
+            self.down_bias = self._stack_biases([lora[3] for lora in loras], self.rank)
+            self.up_bias = self._stack_biases([lora[4] for lora in loras], self.out_features)
         if gate_query is not None:
             self.gate = self._new_parameter(self.num_experts, self.gate_features)
         if bottleneck is not None:
@@ -269,11 +281,11 @@ class PEMTLinear(AdapterLinear):
         self._frozen: tuple[tuple, tuple[Tensor, Tensor]] | None = None
         self.reset_parameters()
 
-    def _stack(self, tensors: list[Tensor], *shape: int) -> nn.Parameter:
-        """Frozen ``[E, *shape]``, each expert's tensor in the first of its rows, zeros below."""
-        stack = torch.zeros(len(tensors), *shape, **self._new)
-        for row, tensor in zip(stack, tensors, strict=True):
-            row[: len(tensor)].copy_(tensor.detach())
+    def _stack_biases(self, biases: list[Tensor], length: int) -> nn.Parameter:
+        """Frozen ``[E, length]``; what a bias lacks is zero."""
+        stack = torch.zeros(len(biases), length, **self._new)
+        for row, bias in zip(stack, biases, strict=True):
+            row[: len(bias)].copy_(bias.detach())
         return nn.Parameter(stack, requires_grad=False)
 
     def reset_parameters(self) -> None:
@@ -468,38 +480,33 @@ def empty_experts(
     ]  # fmt: skip
 
 
-def check_experts(experts: Sequence[Expert | tuple], base: nn.Module) -> list[Expert]:
-    """`experts` as :class:`Expert`, all of shapes that fit `base`.
+def _describe(loras, base: nn.Module) -> tuple[list[int], list[float], bool]:
+    """Ranks and scales of checked `loras`, and whether they have biases.
 
     Raises:
-        TypeError, ValueError: one does not fit; the message names it.
+        TypeError, ValueError: one does not fit `base`; the message names it.
     """
-    if not isinstance(experts, Sequence) or not experts:
-        raise ValueError(f"experts: wanted at least one, got {experts!r:.60}")
-    checked = []
-    for e, given in enumerate(experts):
-        name = f"experts[{e}]"
-        if not isinstance(given, tuple) or not 2 <= len(given) <= 5:
-            raise TypeError(
-                f"{name}: wanted (A, B, scale) or (A, B, scale, a, b), got {given!r:.60}"
-            )
-        expert = Expert(*given)
-        if not isinstance(expert.down, Tensor) or expert.down.dim() != 2 or not len(expert.down):
-            raise ValueError(f"{name}: wanted A of shape [r, in_features], got {_shape(given[0])}")
-        rank = len(expert.down)
-        n_in = getattr(base, "in_features", expert.down.shape[1])
-        n_out = getattr(base, "out_features", None)
-        wanted = [("A", expert.down, [rank, n_in]), ("B", expert.up, [n_out, rank])]
-        if expert.down_bias is not None or expert.up_bias is not None:
-            wanted += [("a", expert.down_bias, [rank]), ("b", expert.up_bias, [n_out])]
-        for part, tensor, shape in wanted:
-            if not isinstance(tensor, Tensor) or list(tensor.shape) != shape:
-                raise ValueError(f"{name}: wanted {part} of shape {shape}, got {_shape(tensor)}")
-        functional.check_finite(f"{name}: scale", expert.scale)
-        if (expert.down_bias is None) != (Expert(*experts[0]).down_bias is None):
-            raise ValueError(f"{name}: wanted biases for all experts or for none")
-        checked.append(expert)
-    return checked
+    features = [getattr(base, name, None) for name in ("in_features", "out_features")]
+    if not all(isinstance(n, int) for n in features):
+        return [1], [1.0], False  # AdapterLinear refuses this base
+    given = isinstance(loras, Sequence) and all(isinstance(lora, Sequence) for lora in loras)
+    factors = [lora[:3] for lora in loras] if given else loras
+    scales = stack_loras(factors, *features, device="meta").scales
+    ranks = [len(lora[0]) for lora in loras]
+    biased = [len(lora) > 3 and lora[3] is not None for lora in loras]
+    for e, lora in enumerate(loras):
+        if biased[e] != biased[0]:
+            raise ValueError(f"loras[{e}]: wanted biases for all experts or for none")
+        if biased[e]:
+            for letter, bias, length in (
+                ("a", lora[3], ranks[e]),
+                ("b", lora[4] if len(lora) == 5 else None, features[1]),
+            ):
+                if not isinstance(bias, Tensor) or bias.shape != (length,):
+                    raise ValueError(
+                        f"loras[{e}]: wanted {letter} of shape [{length}], got {_shape(bias)}"
+                    )
+    return ranks, scales, biased[0]
 
 
 def check_source_arguments(rank, alpha, kind, init) -> None:

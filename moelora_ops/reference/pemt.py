@@ -178,7 +178,7 @@ class PEMTLinear(LooksLikeBase, nn.Module):
     def __init__(
         self,
         base: nn.Module,
-        experts: Sequence[Expert | tuple],
+        loras: Sequence[Expert | tuple],
         *,
         activation: str | None = None,
         gate_query: str | None = None,
@@ -194,7 +194,7 @@ class PEMTLinear(LooksLikeBase, nn.Module):
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
         like = _like(base, device, dtype)
-        experts = [Expert(*expert) for expert in experts]
+        experts = [Expert(*lora) for lora in loras]
         self.num_experts = len(experts)
         self.ranks = [expert.down.shape[0] for expert in experts]
         self.scales = [float(expert.scale) for expert in experts]
