@@ -8,8 +8,24 @@ from torch import Tensor, nn
 
 from . import reference
 from .companions import COMPANIONS, Companion, companions_of, root_of
-from .configs import AdapterConfig, MoLAConfig, PEMTConfig, PEMTSourceConfig
-from .nn import AdapterLinear, MoLALinear, PEMTLinear, PEMTSourceLinear
+from .configs import (
+    AdapterConfig,
+    MoLAConfig,
+    OrchMoEConfig,
+    PEMTConfig,
+    PEMTSourceConfig,
+    PolytroponConfig,
+)
+from .nn import (
+    AdapterLinear,
+    MoLALinear,
+    OrchMoELinear,
+    PEMTLinear,
+    PEMTSourceLinear,
+    PolytroponLinear,
+    TaskIds,
+    TaskRouters,
+)
 from .prompts import SourcePrompt, TargetPrompt, TrainedNorms
 
 IMPLEMENTATIONS = ("fused", "reference")
@@ -43,6 +59,20 @@ METHODS = {
         reference.MoLALinear,
         ("num_experts", "rank", "alpha", "top_k", "dropout", "dropout_mode", "renormalize"),
         training_only=("dropout", "dropout_mode"),
+    ),
+    "orchmoe": Method(
+        OrchMoEConfig,
+        OrchMoELinear,
+        reference.OrchMoELinear,
+        OrchMoELinear.arguments,
+        companions={"task_routers": TaskRouters},
+    ),
+    "polytropon": Method(
+        PolytroponConfig,
+        PolytroponLinear,
+        reference.PolytroponLinear,
+        PolytroponLinear.arguments,
+        companions={"task_ids": TaskIds},
     ),
     "pemt_source": Method(
         PEMTSourceConfig,

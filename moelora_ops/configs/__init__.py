@@ -2,6 +2,15 @@
 
 from .base import AdapterConfig
 from .mola import MoLAConfig
+from .orchmoe import OrchMoEConfig, PolytroponConfig
 from .pemt import PEMTConfig, PEMTSource, PEMTSourceConfig
 
-__all__ = ["AdapterConfig", "MoLAConfig", "PEMTConfig", "PEMTSource", "PEMTSourceConfig"]
+__all__ = [
+    "AdapterConfig",
+    "MoLAConfig",
+    "OrchMoEConfig",
+    "PEMTConfig",
+    "PEMTSource",
+    "PEMTSourceConfig",
+    "PolytroponConfig",
+]

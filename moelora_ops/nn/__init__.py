@@ -5,7 +5,9 @@ from .lora import LoRALinear
 from .loras import LoRA, stack_loras, unstack_loras
 from .mola import MoLALinear
 from .mole import MoLELinear, SharedGate
+from .orchmoe import OrchMoELinear, PolytroponLinear
 from .pemt import PEMTAdapter, PEMTLinear, PEMTSourceLinear
+from .tasks import TaskIds, TaskRouter, TaskRouters
 
 __all__ = [
     "AdapterLinear",
@@ -13,10 +15,15 @@ __all__ = [
     "LoRALinear",
     "MoLALinear",
     "MoLELinear",
+    "OrchMoELinear",
     "PEMTAdapter",
     "PEMTLinear",
     "PEMTSourceLinear",
+    "PolytroponLinear",
     "SharedGate",
+    "TaskIds",
+    "TaskRouter",
+    "TaskRouters",
     "stack_loras",
     "unstack_loras",
 ]
