@@ -4,21 +4,29 @@ from . import functional, nn, reference
 from ._version import __version__
 from .adapters import load_adapter, save_adapter
 from .backends import set_default_backend, use_backend
-from .balance import aux_loss, routing_stats
+from .balance import aux_loss, gating_balance_loss, routing_stats
 from .configs import (
+    LoRAConfig,
     MoLAConfig,
+    MoLEConfig,
+    MoR1EConfig,
     OrchMoEConfig,
     PEMTConfig,
     PEMTSource,
     PEMTSourceConfig,
     PolytroponConfig,
 )
+from .intuition import intuition
 from .models import apply, fuse
+from .nn.mole import sequence_mask, set_expert_mask
 from .nn.tasks import prompt_mask, task_ids
 from .pemt import pemt_source, source_weights, task_sparsity_loss
 
 __all__ = [
+    "LoRAConfig",
     "MoLAConfig",
+    "MoLEConfig",
+    "MoR1EConfig",
     "OrchMoEConfig",
     "PEMTConfig",
     "PEMTSource",
@@ -29,6 +37,8 @@ __all__ = [
     "aux_loss",
     "functional",
     "fuse",
+    "gating_balance_loss",
+    "intuition",
     "load_adapter",
     "nn",
     "pemt_source",
@@ -36,7 +46,9 @@ __all__ = [
     "reference",
     "routing_stats",
     "save_adapter",
+    "sequence_mask",
     "set_default_backend",
+    "set_expert_mask",
     "source_weights",
     "task_ids",
     "task_sparsity_loss",

@@ -1,5 +1,6 @@
 """Whole models: put adapters into any torch model, swap reference layers for fused ones."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,19 +11,28 @@ from . import reference
 from .companions import COMPANIONS, Companion, companions_of, root_of
 from .configs import (
     AdapterConfig,
+    LoRAConfig,
     MoLAConfig,
+    MoLEConfig,
+    MoR1EConfig,
     OrchMoEConfig,
     PEMTConfig,
     PEMTSourceConfig,
     PolytroponConfig,
 )
+from .integrations.peft import fused_lora, is_lora
+from .intuition import IntuitionEncoder
 from .nn import (
     AdapterLinear,
+    LoRALinear,
     MoLALinear,
+    MoLELinear,
+    MoR1ELinear,
     OrchMoELinear,
     PEMTLinear,
     PEMTSourceLinear,
     PolytroponLinear,
+    SharedGate,
     TaskIds,
     TaskRouters,
 )
@@ -53,12 +63,33 @@ class Method(NamedTuple):
 
 
 METHODS = {
+    "lora": Method(
+        LoRAConfig,
+        LoRALinear,
+        reference.LoRALinear,
+        ("rank", "alpha", "dropout", "rslora"),
+        training_only=("dropout",),
+    ),
+    "mole": Method(
+        MoLEConfig,
+        MoLELinear,
+        reference.MoLELinear,
+        ("rank", "scales", "granularity", "normalization", "mask_mode", "gated", "compact"),
+        companions={"gate": SharedGate},
+    ),
     "mola": Method(
         MoLAConfig,
         MoLALinear,
         reference.MoLALinear,
         ("num_experts", "rank", "alpha", "top_k", "dropout", "dropout_mode", "renormalize"),
         training_only=("dropout", "dropout_mode"),
+    ),
+    "mor1e": Method(
+        MoR1EConfig,
+        MoR1ELinear,
+        reference.MoR1ELinear,
+        ("rank_down", "rank_up", "token_scale", "task_scale", "mode"),
+        companions={"encoder": IntuitionEncoder},
     ),
     "orchmoe": Method(
         OrchMoEConfig,
@@ -211,8 +242,7 @@ def install(
     if hasattr(root, COMPANIONS):
         raise ValueError(f"model: already has an attribute {COMPANIONS}")
     made: dict[nn.Module, tuple[nn.Module, dict[str, Any]]] = {}
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
+    with _requirements_kept(model):
         for name, (method, arguments) in layers.items():
             base = model.get_submodule(name)
             if base not in made:
@@ -245,32 +275,52 @@ def install(
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Swap every reference layer of `model` for the fused one, in place.
+    """Swap every reference layer of `model`, and every LoRA linear of PEFT, for the fused one.
 
-    Parameters stay the same objects, so optimizers and ties go on working; train or eval mode stays
-    too.  Outputs are equal within rounding.
+    In place.  Parameters stay the same objects, so optimizers and ties go on working; train or eval
+    mode stays too.  Outputs are equal within rounding.  PEFT no longer finds its layers afterwards:
+    save with :func:`save_adapter`.
 
     Returns:
-        `model`; if it is itself a reference layer, the fused layer.
+        `model`; if it is itself such a layer, the fused layer.
 
     Raises:
-        ValueError: there is no reference layer, or one has hooks, which would be lost.
+        ValueError: there is no such layer, or one has hooks, which would be lost, or a PEFT layer
+            is more than one plain LoRA.
     """
     _check_model(model)
-    fused = {}
-    for name, layer, key in adapted_layers(model):
-        if isinstance(layer, METHODS[key].reference):
-            if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-                raise ValueError(
-                    f"model: {name or 'the layer'} has hooks, which fuse would lose; remove them"
-                )
-            fused[layer] = METHODS[key].fused
+    fused = {
+        name: (layer, METHODS[key].fused.from_reference)
+        for name, layer, key in adapted_layers(model)
+        if isinstance(layer, METHODS[key].reference)
+    }
+    fused |= {
+        name: (layer, fused_lora) for name, layer in model.named_modules() if is_lora(layer)
+    }
+    for name, (layer, _) in fused.items():
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+            raise ValueError(
+                f"model: {name or 'the layer'} has hooks, which fuse would lose; remove them"
+            )
     if not fused:
-        raise ValueError("model: has no reference layers to fuse")
-    made = {layer: cls.from_reference(layer) for layer, cls in fused.items()}
+        raise ValueError("model: has no reference layers to fuse, and none of PEFT's LoRA")
+    with _requirements_kept(model):
+        made = {layer: build(layer) for layer, build in fused.values()}
     _replace(model, made)
     _attach(model)
     return made.get(model, model)
+
+
+@contextlib.contextmanager
+def _requirements_kept(model: nn.Module) -> Iterator[None]:
+    """On failure, undo that constructors freeze their base."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 def _attach(model: nn.Module) -> None:

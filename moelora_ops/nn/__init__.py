@@ -5,6 +5,7 @@ from .lora import LoRALinear
 from .loras import LoRA, stack_loras, unstack_loras
 from .mola import MoLALinear
 from .mole import MoLELinear, SharedGate
+from .mor1e import MoR1ELinear
 from .orchmoe import OrchMoELinear, PolytroponLinear
 from .pemt import PEMTAdapter, PEMTLinear, PEMTSourceLinear
 from .tasks import TaskIds, TaskRouter, TaskRouters
@@ -15,6 +16,7 @@ __all__ = [
     "LoRALinear",
     "MoLALinear",
     "MoLELinear",
+    "MoR1ELinear",
     "OrchMoELinear",
     "PEMTAdapter",
     "PEMTLinear",

@@ -8,6 +8,7 @@ from .mola import MoLALinear, Routing, mola, no_autocast
 from .mole import (
     Gating,
     MoLELinear,
+    expert_hidden,
     expert_outputs,
     gating,
     mixture,
@@ -15,6 +16,7 @@ from .mole import (
     mole_gates,
     sequence_mean,
 )
+from .mor1e import MOR1E_MODES, NO_SCORES, AmbientScores, MoR1ELinear, Scores, mor1e
 from .orchmoe import (
     OrchMoELinear,
     PolytroponLinear,
@@ -36,21 +38,27 @@ from .philox import keep_mask, philox4x32
 
 __all__ = [
     "ACTIVATIONS",
+    "MOR1E_MODES",
+    "NO_SCORES",
     "Agreement",
+    "AmbientScores",
     "Expert",
     "Gating",
     "LoRALinear",
     "LooksLikeBase",
     "MoLALinear",
     "MoLELinear",
+    "MoR1ELinear",
     "OrchMoELinear",
     "PEMTAdapter",
     "PEMTLinear",
     "PEMTSourceLinear",
     "PolytroponLinear",
     "Routing",
+    "Scores",
     "averaged",
     "combine_prompts",
+    "expert_hidden",
     "expert_outputs",
     "gated",
     "gating",
@@ -60,6 +68,7 @@ __all__ = [
     "mola",
     "mole",
     "mole_gates",
+    "mor1e",
     "no_autocast",
     "philox4x32",
     "prompt_gate",
