@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .depth import numbered_layer
 from .functional import Routing
+from .reference import Gating
 
 
 def record(layer: nn.Module, y: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
@@ -129,6 +130,51 @@ def aux_loss(model: nn.Module, coefficient: float = 0.001) -> Tensor:
     return coefficient * torch.stack([term.to(device) for term in terms]).sum()
 
 
+def gating_balance_loss(model: nn.Module, coefficient: float = 0.5) -> Tensor:
+    """MoLE's gating balance loss of the last forward call: -coefficient · Σ_i log q_i (2404.13628).
+
+    q_i is the mean over the M gates of the weight that each gives to expert i.  The paper does not
+    say what becomes of the batch: here a gate's weight is its mean over the tokens, or sequences,
+    that are not padding (our choice).  Its least value is ``coefficient · E log E``, when all
+    experts are used alike.  Experts that are masked in every gate are left out, gates that saw no
+    token too, and q counts as at least the smallest positive number; gates with different numbers
+    of experts are balanced apart from each other (our choices).
+
+    When to call it, and its limits, are as for :func:`aux_loss`.
+
+    Args:
+        model: adapted with :class:`moelora_ops.MoLEConfig`, or holding such layers.
+        coefficient: weight of the loss, at least 0; 0.5 in the paper.
+
+    Returns:
+        scalar; part of the autograd graph in training, otherwise just the value.
+
+    Raises:
+        ValueError: `coefficient` is negative or not finite.
+        RuntimeError: no gate has run, or a reference layer ran without a graph while training.
+    """
+    if not 0 <= coefficient < float("inf"):
+        raise ValueError(f"coefficient: wanted a finite number of at least 0, got {coefficient!r}")
+    gates = list(_routed_layers(model, Gating))
+    groups: dict[int, list[tuple[Tensor, Gating]]] = {}
+    for (_, gate), prob_sums in zip(gates, _prob_sums(gates), strict=True):
+        groups.setdefault(len(prob_sums), []).append((prob_sums, gate.routing))
+    device = next(iter(groups.values()))[0][0].device
+    return coefficient * sum(_gating_loss(group).to(device) for group in groups.values())
+
+
+def _gating_loss(gates: list[tuple[Tensor, Gating]]) -> Tensor:
+    """-Σ_i log q_i over gates with the same number of experts."""
+    device = gates[0][0].device
+    means = [(sums / g.rows.clamp(min=1)).to(device) for sums, g in gates]
+    seen = torch.stack([(g.rows > 0).to(device) for _, g in gates])
+    kept = torch.stack([g.expert_mask.to(device) for _, g in gates]).any(0) & seen.any()
+    mean = torch.stack(means).sum(0) / seen.sum().clamp(min=1)
+    # A weight that underflows must not make the loss infinite.
+    terms = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+    return -terms.masked_fill(~kept, 0).sum()
+
+
 class RoutingStats(NamedTuple):
     """How one module's router spread the tokens of its last forward call.
 
@@ -191,7 +237,7 @@ def _prob_sums(layers: list[tuple[str, nn.Module]]) -> list[Tensor]:
     graphless = [
         i
         for i, (_, layer) in enumerate(layers)
-        if layer.training and layer.router.requires_grad and not prob_sums[i].requires_grad
+        if layer.training and _trains(layer) and not prob_sums[i].requires_grad
     ]
     for name, layer in (layers[i] for i in graphless):
         if not hasattr(layer, "dprob_sums"):
@@ -211,14 +257,22 @@ def _prob_sums(layers: list[tuple[str, nn.Module]]) -> list[Tensor]:
     return prob_sums
 
 
-def _routed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Qualified name and module of every layer that keeps the routing of a forward call."""
+def _trains(layer: nn.Module) -> bool:
+    """Whether what decides a layer's routing is trained."""
+    decides = layer.gate if hasattr(layer, "gate") else layer.router
+    return decides.requires_grad
+
+
+def _routed_layers(
+    model: nn.Module, kind: type[Routing | Gating] = Routing
+) -> Iterator[tuple[str, nn.Module]]:
+    """Qualified name and module of every layer that keeps a routing of this kind."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
     layers = [
         (name, module) for name, module in model.named_modules() if hasattr(module, "routing")
     ]
-    routed = [(name, layer) for name, layer in layers if isinstance(layer.routing, Routing)]
+    routed = [(name, layer) for name, layer in layers if isinstance(layer.routing, kind)]
     if not routed:
         raise RuntimeError(
             "model: no adapted layer has run yet; call the model first"

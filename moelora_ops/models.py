@@ -262,10 +262,6 @@ def install(
         new = companions(like.device, like.dtype)
         for name, companion in new.items():
             prepare(f"{COMPANIONS}.{name}", companion.train(model.training))
-    except BaseException:
-        for parameter, requires_grad in required:  # constructors freeze their base
-            parameter.requires_grad_(requires_grad)
-        raise
     model.requires_grad_(False)
     _replace(model, {base: layer for base, (layer, _) in made.items()})
     if new:
@@ -294,9 +290,7 @@ def fuse(model: nn.Module) -> nn.Module:
         for name, layer, key in adapted_layers(model)
         if isinstance(layer, METHODS[key].reference)
     }
-    fused |= {
-        name: (layer, fused_lora) for name, layer in model.named_modules() if is_lora(layer)
-    }
+    fused |= {name: (layer, fused_lora) for name, layer in model.named_modules() if is_lora(layer)}
     for name, (layer, _) in fused.items():
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
             raise ValueError(

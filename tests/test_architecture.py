@@ -37,7 +37,7 @@ ARROWS = {
         "nn",
         "prompts",
         "reference",
-    },  # fmt: skip
+    },
     "models": {"companions", "configs", "integrations", "intuition", "nn", "prompts", "reference"},
     "adapters": {"_version", "companions", "configs", "models"},
     "pemt": {"adapters", "companions", "configs", "models", "nn", "reference"},

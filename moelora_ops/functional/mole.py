@@ -148,13 +148,11 @@ def mole(
     _check_masks(expert_mask, sequence_mask, x, num_experts, granularity)
     scales = common.expert_scales(scale, num_experts, x)
     if common.uses_reference(x):
-        if compact:
-            raise RuntimeError("compact: the reference function has no compact gate; use its layer")
         with reference.no_autocast(x.device.type):
             return reference.mole(
                 x, weight, bias, lora_down, lora_up, gate, tau, scales, normalization, expert_mask,
                 mask_mode=mask_mode, granularity=granularity, sequence_mask=sequence_mask,
-                base_output=base_output, return_gates=return_gates,
+                compact=compact, base_output=base_output, return_gates=return_gates,
             )  # fmt: skip
 
     wide = ops.accumulator_dtype(x.dtype)
@@ -167,8 +165,8 @@ def mole(
             tau = torch.full((1,), tau, dtype=wide, device=x.device)
         tau = tau.to(wide).reshape(1)
         unfed = ~expert_mask if expert_mask is not None and mask_mode == "input" else None
-        projection = _projection(gate, lora_up, scales, normalization, compact, unfed)
-        space = _RankSpace(
+        projection = gate_projection(gate, lora_up, scales, normalization, compact, unfed)
+        space = RankSpace(
             projection,
             tau,
             factors,
@@ -192,8 +190,12 @@ def mole(
     return (y, gates.view(*x.shape[:-1], num_experts)) if return_gates else y
 
 
-class _RankSpace(NamedTuple):
-    """The gate of one call: see csrc/mix/output_gate.h, which names them alike."""
+class RankSpace(NamedTuple):
+    """A gate for one call: see csrc/mix/output_gate.h, which names them alike.
+
+    Several linears with the same x are one here, whose A are stacked and whose B are the blocks of
+    a diagonal (:class:`moelora_ops.nn.SharedGate`).
+    """
 
     projection: Tensor
     tau: Tensor
@@ -242,7 +244,7 @@ def _norm(t: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(t, dim=dims, keepdim=True)
 
 
-def _projection(
+def gate_projection(
     gate: Tensor,
     lora_up: Tensor,
     scales: Tensor,

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from .. import balance, functional, reference
 from ..companions import Companion
+from ..functional.mole import (
+    GRANULARITIES,
+    MASK_MODES,
+    OutputFactors,
+    RankSpace,
+    gate_projection,
+    output_factors,
+    sequence_mean,
+)
 from ..reference import Gating
 from .base import AdapterLinear
 from .loras import stack_loras
 
-GRANULARITIES = ("token", "sequence")
 NORMALIZATIONS = ("l2", "l2_per_expert", "layernorm", "none")
-MASK_MODES = ("gate", "input")
-
-_LEAST_NORM = 1e-12  # as torch.nn.functional.normalize
-_LAYERNORM_EPSILON = 1e-5  # as torch.nn.LayerNorm
 
 
 class MoLELinear(AdapterLinear):
@@ -106,7 +110,7 @@ class MoLELinear(AdapterLinear):
             _new_gate(self, width, self.num_experts, **self._new)
         self.shared_gate: tuple[SharedGate, ...] = ()  # a tuple, not to be registered
         self.sequence_mask: Tensor | None = None
-        self._derived: _Derived | None = None
+        self._forget()
 
     def __setattr__(self, name: str, value) -> None:
         if name == "expert_mask":
@@ -119,24 +123,18 @@ class MoLELinear(AdapterLinear):
             if not self.shared_gate:
                 raise RuntimeError("gated: is False, but no SharedGate is connected to this layer")
             return self.shared_gate[0].run(self, x)
-        _check_sequences(self, x)
-        hidden = self.hidden(x)
-        gates = _gates(self, [hidden], [self])
-        y = self.mix(x, hidden, gates)
+        known = self.derived()
+        gate, compact = self.gate, self.compact
+        if not compact and self._may_keep_projection():
+            gate, compact = self._projection(known.scales), True
+        y, gates = functional.mole(
+            x, lora_down=self.lora_down, lora_up=self.lora_up, gate=gate, tau=_tau(self),
+            scale=known.scales, normalization=self.normalization, expert_mask=self.expert_mask,
+            mask_mode=self.mask_mode, granularity=self.granularity,
+            sequence_mask=self.sequence_mask, compact=compact, factors=known.factors,
+            return_gates=True, **self.base_arguments(x),
+        )  # fmt: skip
         return self._record(y, _gating(self, gates))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """What the experts see of x: ``A_i x``, ``[..., E, r]`` in float32 or wider."""
-        hidden = functional.shrink(x, self.lora_down.flatten(0, 1))
-        return hidden.unflatten(-1, (self.num_experts, self.rank))
-
-    def mix(self, x: Tensor, hidden: Tensor, gates: Tensor) -> Tensor:
-        """``base(x) + Σ_i g_i s_i B_i h_i``."""
-        weights = gates * self.derived().scales
-        if self.granularity == "sequence":
-            weights = weights.unsqueeze(-2)
-        mixed = (hidden * weights.unsqueeze(-1)).flatten(-2)
-        return functional.expand(mixed, self.lora_up.flatten(0, 1), self.base(x))
 
     def derived(self) -> "_Derived":
         """What follows from the frozen experts, computed once."""
@@ -148,12 +146,36 @@ class MoLELinear(AdapterLinear):
             known = self._derived = _derive(self)
         return known
 
+    def _may_keep_projection(self) -> bool:
+        """Whether P, which costs more than a token, can be kept between calls."""
+        return not (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.normalization == "layernorm"
+        )
+
+    def _projection(self, scales: Tensor) -> Tensor:
+        """P ``[E, r, E]`` of the present gate."""
+        key = (self.gate.data_ptr(), _version(self.gate), _version(self.lora_up))
+        if self._kept is None or self._kept[0] != key:
+            with reference.no_autocast(self.gate.device.type):
+                rows = gate_projection(
+                    self.gate, self.lora_up, scales, self.normalization, False, None
+                )
+            self._kept = key, rows.unflatten(0, (self.num_experts, self.rank))
+        return self._kept[1]
+
+    def _forget(self) -> None:
+        """Whatever was computed from the experts and the gate and kept."""
+        self._derived: _Derived | None = None
+        self._kept: tuple[tuple[int, ...], Tensor] | None = None
+
     def _apply(self, fn, recurse=True):
-        self._derived = None
+        self._forget()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._derived = None
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     @classmethod
@@ -172,7 +194,7 @@ class MoLELinear(AdapterLinear):
         return fused.train(layer.training)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_derived": None}
+        return {**super().__getstate__(), "_derived": None, "_kept": None}
 
     def extra_repr(self) -> str:
         return (
@@ -288,30 +310,94 @@ class SharedGate(Companion):
         """The output of one of its layers."""
         index = _position(layer, self._members)
         if index is None:
-            gates = self._take_over(layer, x)
-            return layer.mix(x, layer.hidden(x), gates)
+            weights = self._take_over(layer, x)
+            return functional.gated(
+                x, lora_down=layer.lora_down, lora_up=layer.lora_up, weights=weights,
+                scale=layer.derived().scales, **layer.base_arguments(x),
+            )  # fmt: skip
         recording = torch.is_grad_enabled()
-        is_first = (
-            self._input is not x or self._recording != recording or index not in self._hidden
-        )
+        is_first = self._input is not x or self._recording != recording or index not in self._hidden
         if is_first:
-            _check_sequences(self, x)
-            hidden = [leader.hidden(x) for leader in self._members]
-            self.gates = _gates(self, hidden, self._members)
             self._input, self._recording = x, recording
-            self._hidden = dict(enumerate(hidden))
-        y = layer.mix(x, self._hidden.pop(index), self.gates)
+            self._hidden = self._gate(x)
+        weights = self.gates * layer.derived().scales
+        if self.granularity == "sequence":
+            weights = weights.unsqueeze(-2)
+        mixed = (self._hidden.pop(index) * weights.unsqueeze(-1)).flatten(-2)
         if not self._hidden:
             self._input = None  # held no longer than needed
+        y = functional.expand(mixed, layer.lora_up.flatten(0, 1), layer.base(x))
         if is_first:
             y, self.routing = balance.record(self, y, _gating(self, self.gates))
         return y
+
+    def _gate(self, x: Tensor) -> dict[int, Tensor]:
+        """Sets the gates for x; returns the hidden ``[..., E, r]`` of each leader."""
+        _check_sequences(self, x)
+        leaders = self._members
+        hidden = [
+            functional.shrink(x, layer.lora_down.flatten(0, 1)).unflatten(
+                -1, (self.num_experts, layer.rank)
+            )
+            for layer in leaders
+        ]
+        # An expert's outputs in all leaders are one output, of a LoRA whose A are stacked and whose
+        # B are the blocks of a diagonal: the gate is that of one linear.
+        together = torch.cat(hidden, -1).flatten(-2)
+        if self.granularity == "sequence":
+            together = sequence_mean(together, self.sequence_mask)
+        with reference.no_autocast(x.device.type):
+            space = RankSpace(
+                self._projection(together.dtype), _tau(self), self._block_factors(),
+                self.log_tau.new_ones(self.num_experts), self.expert_mask, self.normalization,
+                self.mask_mode == "input", sum(self.out_features),
+            )  # fmt: skip
+            self.gates = space.gates(together)
+        return dict(enumerate(hidden))
+
+    def _projection(self, wide: torch.dtype) -> Tensor:
+        """P of all leaders, by expert and then by leader."""
+        if self.compact:
+            return self.gate.to(wide).flatten(0, 1)
+        unfed = ~self.expert_mask if self.mask_mode == "input" else None
+        blocks, rest = [], []
+        parts = self.gate.split(self.out_features, 1)
+        for leader, part in zip(self._members, parts, strict=True):
+            rows = gate_projection(
+                part, leader.lora_up, leader.derived().scales, self.normalization, False, unfed
+            )
+            own = self.num_experts * leader.rank
+            blocks.append(rows[:own].unflatten(0, (self.num_experts, leader.rank)))
+            rest.append(rows[own:])
+        return torch.cat([torch.cat(blocks, 1).flatten(0, 1), sum(rest)])
+
+    @torch.no_grad()
+    def _block_factors(self) -> OutputFactors:
+        """The factors of the one linear that the leaders are together, computed once."""
+        versions = tuple(_version(leader.lora_up) for leader in self._members)
+        if self._factors is None or not (
+            torch.compiler.is_compiling() or self._factors[0] == versions
+        ):
+            scaled = [
+                leader.lora_up.to(leader.derived().scales.dtype)
+                * leader.derived().scales[:, None, None]
+                for leader in self._members
+            ]
+            blocks = torch.stack([torch.block_diag(*ups) for ups in zip(*scaled, strict=True)])
+            centered = self.normalization == "layernorm"
+            self._factors = versions, output_factors(blocks, 1.0, centered)
+        return self._factors[1]
 
     def literal_gates(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The gates for a reference layer: everything materialised, nothing kept."""
         if _position(layer, self._members) is None:
             return self._take_over(layer, x)
-        outputs, hidden = zip(*(leader.experts(x) for leader in self._members), strict=True)
+        leaders = self._members
+        outputs = [
+            reference.expert_outputs(x, leader.lora_down, leader.lora_up, leader.scales)
+            for leader in leaders
+        ]
+        hidden = [reference.expert_hidden(x, leader.lora_down) for leader in leaders]
         self.gates = reference.mole_gates(
             torch.cat(outputs, -1), self.gate, self.log_tau.exp(), self.normalization,
             self.expert_mask, mask_mode=self.mask_mode, granularity=self.granularity,
@@ -346,16 +432,21 @@ class SharedGate(Companion):
             )
         return gates
 
+    def _apply(self, fn, recurse=True):
+        self._forget()
+        return super()._apply(fn, recurse)
+
     def _forget(self) -> None:
         self.gates: Tensor | None = None
+        self._factors: tuple[tuple[int, ...], OutputFactors] | None = None
         self._input: Tensor | None = None
         self._recording = False
         self._hidden: dict[int, Tensor] = {}
 
     def __getstate__(self):
         # What belongs to the last call's graph is not to be copied or pickled.
-        nothing = {"routing": None, "dprob_sums": None, "gates": None, "_input": None}
-        return {**self.__dict__, **nothing, "_hidden": {}}
+        names = ("routing", "dprob_sums", "gates", "_factors", "_input")
+        return {**self.__dict__, **dict.fromkeys(names), "_hidden": {}}
 
     def extra_repr(self) -> str:
         return (
@@ -435,100 +526,35 @@ def empty_loras(
     return [(torch.empty(rank, in_features), torch.empty(out_features, rank), s) for s in scales]
 
 
-# ---------------------------------------------------------------- the gate, in rank space
+# ---------------------------------------------------------------- what the gate is made of
 
 
 class _Derived(NamedTuple):
-    """What follows from a layer's frozen experts; float32 or wider.
+    """What follows from a layer's frozen experts.
 
     Attributes:
         version: of ``lora_up`` at the time.
-        scales: ``[E]``.
-        factors: ``[E, min(r, N), r]``, R of ``s_i B_i``, its columns centred for a layernorm; None
-            for ``"none"``.
-        means: ``[E, r]``, column means of ``s_i B_i``, for a layernorm.
+        scales: ``[E]`` in float32 or wider.
+        factors: of :func:`output_factors`.
     """
 
     version: int
     scales: Tensor
-    factors: Tensor | None
-    means: Tensor | None
+    factors: OutputFactors
 
 
+@torch.no_grad()
 def _derive(layer: MoLELinear) -> _Derived:
     up = layer.lora_up.detach()
     wide = torch.promote_types(up.dtype, torch.float32)
     scales = torch.tensor(layer.scales, dtype=wide, device=up.device)
-    columns = up.to(wide).mT * scales[:, None, None]  # [E, N, r]
-    factors = means = None
-    if layer.normalization == "layernorm":
-        means = columns.mean(1)
-        columns = columns - means.unsqueeze(1)
-    if layer.normalization != "none":
-        # R and not Bᵀ B, whose condition is squared and which can make a norm negative.
-        factors = torch.linalg.qr(columns, mode="r").R
-    return _Derived(_version(layer.lora_up), scales, factors, means)
+    factors = output_factors(up, scales, layer.normalization == "layernorm")
+    return _Derived(_version(layer.lora_up), scales, factors)
 
 
-def _gates(holder: nn.Module, hidden: Sequence[Tensor], layers: Sequence[MoLELinear]) -> Tensor:
-    """Gates of `holder` (a gated layer or a shared gate) from the hidden of `layers`.
-
-    Args:
-        hidden: ``[..., E, r]`` of each layer; for a gate per sequence with the length before E.
-
-    Returns:
-        ``[..., E]`` in the dtype of `hidden`.
-    """
-    wide = hidden[0].dtype
-    derived = [layer.derived() for layer in layers]
-    mask, gate = holder.expert_mask, holder.gate.to(wide)
-    if holder.granularity == "sequence":
-        hidden = [reference.sequence_mean(h, holder.sequence_mask) for h in hidden]
-    if holder.mask_mode == "input":
-        hidden = [h.masked_fill(~mask.unsqueeze(-1), 0) for h in hidden]
-
-    widths = [layer.out_features for layer in layers]
-    if holder.compact:
-        projections = gate.split([layer.rank for layer in layers], 1)
-    else:
-        projections = [
-            torch.bmm(layer.lora_up.to(wide), part) * d.scales[:, None, None]
-            for layer, part, d in zip(layers, gate.split(widths, 1), derived, strict=True)
-        ]
-
-    inverse, offset = 1.0, 0.0
-    if holder.normalization != "none":
-        # As long as the outputs, and with their inner products inside each expert.
-        images = torch.cat(
-            [
-                torch.einsum("...er,ekr->...ek", h, d.factors)
-                for h, d in zip(hidden, derived, strict=True)
-            ],
-            -1,
-        )
-    if holder.normalization == "l2":
-        norm = torch.linalg.vector_norm(images, dim=(-2, -1), keepdim=True)
-        inverse = 1 / norm.clamp_min(_LEAST_NORM)
-    elif holder.normalization == "l2_per_expert":
-        norm = torch.linalg.vector_norm(images, dim=-1, keepdim=True)
-        inverse = 1 / norm.clamp_min(_LEAST_NORM)
-    elif holder.normalization == "layernorm":
-        present = (mask if holder.mask_mode == "input" else torch.ones_like(mask)).to(wide)
-        size = present.sum() * sum(widths)
-        means = [(h * d.means).sum(-1) for h, d in zip(hidden, derived, strict=True)]  # [..., E]
-        mean = sum(w * m.sum(-1, keepdim=True) for w, m in zip(widths, means, strict=True)) / size
-        spread = sum(
-            w * (present * (m - mean).square()).sum(-1) for w, m in zip(widths, means, strict=True)
-        )
-        variance = (images.square().sum((-2, -1)) + spread) / size
-        inverse = (variance + _LAYERNORM_EPSILON).rsqrt()[..., None, None]
-        offset = mean * inverse.squeeze(-1) * (present @ gate.sum(1))
-    logits = sum(
-        (h * inverse).flatten(-2) @ p.flatten(0, 1)
-        for h, p in zip(hidden, projections, strict=True)
-    )
-    logits = (logits - offset) / holder.log_tau.to(wide).exp()
-    return logits.masked_fill(~mask, float("-inf")).softmax(-1)
+def _tau(holder: nn.Module) -> Tensor:
+    """τ, never rounded to 16 bits."""
+    return holder.log_tau.to(torch.promote_types(holder.log_tau.dtype, torch.float32)).exp()
 
 
 def _gating(holder: nn.Module, gates: Tensor) -> Gating:

@@ -52,6 +52,11 @@ def expert_outputs(
     return torch.stack(outputs, dim=-2).to(x.dtype)
 
 
+def expert_hidden(x: Tensor, lora_down: Tensor) -> Tensor:
+    """``A_i x`` of every expert, ``[..., E, r]``."""
+    return torch.stack([x @ down.T for down in lora_down], dim=-2)
+
+
 def mole_gates(
     outputs: Tensor,
     gate: Tensor,
@@ -123,6 +128,7 @@ def mole(
     mask_mode: str = "gate",
     granularity: str = "token",
     sequence_mask: Tensor | None = None,
+    compact: bool = False,
     base_output: Tensor | None = None,
     return_gates: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -149,6 +155,7 @@ def mole(
             sequence, with rows of e for each position; both of ours fit any length (our choice).
         sequence_mask: bool, x's leading dimensions; False for padding, which a gate per sequence
             does not see.
+        compact: `gate` is P ``[E, r, E]``, see :func:`mole_gates`.
         base_output: ``[..., N]``, the frozen layer's output if it is not a plain linear.
         return_gates: also return g.
 
@@ -156,10 +163,11 @@ def mole(
         y ``[..., N]``, or y and g: ``[..., E]``, for a gate per sequence without the length.
     """
     outputs = expert_outputs(x, lora_down, lora_up, scale)
+    hidden = expert_hidden(x, lora_down) if compact else None
     with no_autocast(x.device.type):
         gates = mole_gates(
             outputs, gate, tau, normalization, expert_mask, mask_mode=mask_mode,
-            granularity=granularity, sequence_mask=sequence_mask,
+            granularity=granularity, sequence_mask=sequence_mask, hidden=hidden,
         )  # fmt: skip
     y = F.linear(x, weight, bias) if base_output is None else base_output
     y = y + mixture(outputs, gates, granularity).to(y.dtype)
@@ -218,29 +226,23 @@ class MoLELinear(LooksLikeBase, nn.Module):
         self.sequence_mask: Tensor | None = None
         self.routing: Gating | None = None
 
-    def experts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The experts' outputs ``[..., E, N]``, and hidden ``[..., E, r]`` for a compact gate."""
-        outputs = expert_outputs(x, self.lora_down, self.lora_up, self.scales)
-        if not self.compact:
-            return outputs, None
-        return outputs, torch.stack([x @ a.T for a in self.lora_down], dim=-2)
-
     def forward(self, x: Tensor) -> Tensor:
-        outputs, hidden = self.experts(x)
-        if self.gated:
-            gates = mole_gates(
-                outputs, self.gate, self.log_tau.exp(), self.normalization, self.expert_mask,
-                mask_mode=self.mask_mode, granularity=self.granularity,
-                sequence_mask=self.sequence_mask, hidden=hidden,
-            )  # fmt: skip
-            real = self.sequence_mask
-            if real is not None and self.granularity == "sequence":
-                real = real.any(-1)
-            self.routing = gating(gates, self.expert_mask, real)
-        else:  # several layers share a gate
-            gates = self.shared_gate[0].literal_gates(self, x)
         y = self.base(x)
-        return y + mixture(outputs, gates, self.granularity).to(y.dtype)
+        if not self.gated:  # the weights come from a gate that several layers share
+            gates = self.shared_gate[0].literal_gates(self, x)
+            outputs = expert_outputs(x, self.lora_down, self.lora_up, self.scales)
+            return y + mixture(outputs, gates, self.granularity).to(y.dtype)
+        y, gates = mole(
+            x, None, None, self.lora_down, self.lora_up, self.gate, self.log_tau.exp(), self.scales,
+            self.normalization, self.expert_mask, mask_mode=self.mask_mode,
+            granularity=self.granularity, sequence_mask=self.sequence_mask, compact=self.compact,
+            base_output=y, return_gates=True,
+        )  # fmt: skip
+        real = self.sequence_mask
+        if real is not None and self.granularity == "sequence":
+            real = real.any(-1)
+        self.routing = gating(gates, self.expert_mask, real)
+        return y
 
     def __getstate__(self):
         # The last call's by-products belong to its autograd graph: not to be copied or pickled.
