@@ -21,6 +21,7 @@ from .configs import (
     PolytroponConfig,
 )
 from .integrations.peft import fused_lora, is_lora
+from .integrations.poly import fused_poly, is_poly
 from .intuition import IntuitionEncoder
 from .nn import (
     AdapterLinear,
@@ -271,11 +272,12 @@ def install(
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Swap every reference layer of `model`, and every LoRA linear of PEFT, for the fused one.
+    """Swap every reference layer of `model`, and every LoRA and Poly linear of PEFT, for the fused.
 
     In place.  Parameters stay the same objects, so optimizers and ties go on working; train or eval
     mode stays too.  Outputs are equal within rounding.  PEFT no longer finds its layers afterwards:
-    save with :func:`save_adapter`.
+    save with :func:`save_adapter`.  Poly's parameters are copied, as PEFT lays them out otherwise;
+    its task ids now come from :func:`moelora_ops.task_ids`.
 
     Returns:
         `model`; if it is itself such a layer, the fused layer.
@@ -291,18 +293,26 @@ def fuse(model: nn.Module) -> nn.Module:
         if isinstance(layer, METHODS[key].reference)
     }
     fused |= {name: (layer, fused_lora) for name, layer in model.named_modules() if is_lora(layer)}
+    fused |= {name: (layer, fused_poly) for name, layer in model.named_modules() if is_poly(layer)}
     for name, (layer, _) in fused.items():
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
             raise ValueError(
                 f"model: {name or 'the layer'} has hooks, which fuse would lose; remove them"
             )
     if not fused:
-        raise ValueError("model: has no reference layers to fuse, and none of PEFT's LoRA")
+        raise ValueError("model: has no reference layers to fuse, and none of PEFT's LoRA or Poly")
     with _requirements_kept(model):
         made = {layer: build(layer) for layer, build in fused.values()}
     _replace(model, made)
-    _attach(model)
-    return made.get(model, model)
+    result = made.get(model, model)
+    tasks = {made[layer].num_tasks for layer, build in fused.values() if build is fused_poly}
+    if tasks:
+        ids = TaskIds(min(tasks))
+        setattr(
+            root_of(result), COMPANIONS, nn.ModuleDict({**companions_of(result), "task_ids": ids})
+        )
+    _attach(result)
+    return result
 
 
 @contextlib.contextmanager

@@ -45,9 +45,11 @@ class _SkillLinear(AdapterLinear):
 
     def reset_parameters(self) -> None:
         """Initialise everything anew; the layer is then equal to its base."""
-        for skill in self.lora_down:
-            for segment in skill.chunk(self.splits, -1):
-                nn.init.kaiming_uniform_(segment, a=math.sqrt(5))
+        segment = self.in_features // self.splits
+        for e in range(len(self.lora_down)):
+            for q in range(self.splits):
+                columns = slice(q * segment, (q + 1) * segment)
+                nn.init.kaiming_uniform_(self.lora_down[e, :, columns], a=math.sqrt(5))
         nn.init.zeros_(self.lora_up)
         nn.init.uniform_(self.skill_logits, -1e-3, 1e-3)
         if self.private == "matrix":

@@ -131,9 +131,11 @@ class _SkillLinear(LooksLikeBase, nn.Module):
 
     def reset_parameters(self) -> None:
         """A Kaiming-uniform(a=√5) per skill and split, B zero, logits U(-0.001, 0.001) (PEFT)."""
-        for skill in self.lora_down:
-            for segment in skill.chunk(self.splits, -1):
-                nn.init.kaiming_uniform_(segment, a=math.sqrt(5))
+        segment = self.in_features // self.splits
+        for e in range(len(self.lora_down)):
+            for q in range(self.splits):
+                columns = slice(q * segment, (q + 1) * segment)
+                nn.init.kaiming_uniform_(self.lora_down[e, :, columns], a=math.sqrt(5))
         nn.init.zeros_(self.lora_up)
         nn.init.uniform_(self.skill_logits, -1e-3, 1e-3)
         if self.private == "matrix":
