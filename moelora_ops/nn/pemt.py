@@ -1,10 +1,12 @@
 """PEMT: frozen source experts, a prompt gate and a serial adapter on T5's W_o (2402.15082)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .. import functional, reference
 from ..reference import Agreement, Expert
@@ -193,6 +195,20 @@ def source_expert(tensors: Mapping[str, Tensor], rank: int, alpha: float, kind: 
     return Expert(down, up.T, source_scale(rank, alpha, kind), *biases)
 
 
+class _Frozen(NamedTuple):
+    """What the cosines need of the experts' second halves.
+
+    Attributes:
+        up_rows: Bᵀ ``[E, r', N]``; with biases ``r' = r + 1`` and the last row is b.
+        factors: R of B, see :func:`triangular_factors`.
+        scales: s ``[E]``.
+    """
+
+    up_rows: Tensor
+    factors: Tensor
+    scales: Tensor
+
+
 class PEMTLinear(AdapterLinear):
     """Stage 2: frozen source experts, weighted by how much the prompt correlates with them, fused.
 
@@ -278,7 +294,7 @@ class PEMTLinear(AdapterLinear):
         self.encoder_states: Tensor | None = None
         self.ffn_input: Tensor | None = None
         self.agreement: Agreement | None = None
-        self._frozen: tuple[tuple, tuple[Tensor, Tensor]] | None = None
+        self._frozen: tuple[list, _Frozen] | None = None
         self.reset_parameters()
 
     def _stack_biases(self, biases: list[Tensor], length: int) -> nn.Parameter:
@@ -318,38 +334,60 @@ class PEMTLinear(AdapterLinear):
         encoder_states = self.encoder_states if encoder_states is None else encoder_states
         ffn_input = self.ffn_input if ffn_input is None else ffn_input
         self.encoder_states = self.ffn_input = None
-        if weights is None:
-            weights = self._gate(x, encoder_states)
         if self.residual:
             _required_ffn_input(ffn_input)
-        f = functional.gated(
-            x, lora_down=self.lora_down, lora_up=self.lora_up, weights=weights, scale=self.scales,
-            activation=self.activation, down_bias=self.down_bias, up_bias=self.up_bias,
-            **self.base_arguments(x),
-        )  # fmt: skip
+        if weights is not None and weights.shape != (len(x), self.num_experts):
+            raise ValueError(
+                f"weights: wanted shape {[len(x), self.num_experts]}, got {list(weights.shape)}"
+            )
+        compares = self.training and self.sparsity
+        queries = weights is None and self.gate_query == "input"
+        query = hidden = None
+        if queries:
+            self._check_states("x", x)
+        if queries or compares:
+            # What nn.Linear and our functions give as dx is theirs alone, and may be added to.
+            own_dx = not compares or type(self.base) is nn.Linear
+            length, rows = self.prompt_length if queries else 0, self.lora_down.detach()
+            x, query, hidden = _Taps.apply(x, length, rows if compares else None, own_dx)
+        if weights is None:
+            weights = self._gate(query, encoder_states)
+        if compares:
+            frozen = self._frozen_outputs()
+            z, hidden = self._mixture(x, hidden, weights, frozen)
+        else:
+            z = functional.gated(
+                x, lora_down=self.lora_down, lora_up=self.lora_up, weights=weights,
+                scale=self.scales, activation=self.activation, down_bias=self.down_bias,
+                up_bias=self.up_bias, **self.base_arguments(x),
+            )  # fmt: skip
         if self.residual:
-            f = f + ffn_input
-        if self.adapter is not None:
-            f = self.adapter(f)
-        cosines = self._cosines(f, x) if self.training and self.sparsity else None
+            z = z + ffn_input
+        f = z if self.adapter is None else self.adapter(z)
+        cosines = None
+        if compares:
+            cosines = expert_cosines(f, hidden, *frozen)
         # A call inside a backward recomputes a checkpoint.  Keeping its graph would keep the
         # activations that checkpointing exists to free; the first call's is the one in the loss.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self.agreement = Agreement(weights, cosines)
         return f
 
-    def _gate(self, x: Tensor, encoder_states: Tensor | None) -> Tensor:
-        """``[batch, E]`` in at least float32."""
+    def _gate(self, query: Tensor | None, encoder_states: Tensor | None) -> Tensor:
+        """``[batch, E]`` in at least float32; `query` is the mean of x's first positions."""
         if self.gate is None:
             raise ValueError("weights: wanted [batch, E], as the layer has no gate, got None")
-        name, states = "x", x
         if self.gate_query == "encoder":
-            name, states = "encoder_states", encoder_states
-            if states is None:
+            if encoder_states is None:
                 raise ValueError(
                     "encoder_states: wanted the final encoder output, from which this layer takes "
                     "its weights, got None"
                 )
+            self._check_states("encoder_states", encoder_states)
+            query = reference.prompt_query(encoder_states, self.prompt_length)
+        return reference.prompt_gate(query, self.gate)
+
+    def _check_states(self, name: str, states: Tensor) -> None:
         if states.dim() != 3 or states.shape[-1] != self.gate_features:
             raise ValueError(
                 f"{name}: wanted shape [batch, length, {self.gate_features}], "
@@ -360,24 +398,32 @@ class PEMTLinear(AdapterLinear):
                 f"{name}: wanted at least the prompt's {self.prompt_length} positions, "
                 f"got {states.shape[1]}"
             )
-        return reference.prompt_gate(states, self.gate, self.prompt_length)
 
-    def _cosines(self, f: Tensor, x: Tensor) -> Tensor:
-        up_rows, factors = self._frozen_outputs()
-        return expert_cosines(
-            f, x, self.lora_down.detach(), up_rows, factors, self.scales, self.activation,
-            self.down_bias,
-        )  # fmt: skip
+    def _mixture(
+        self, x: Tensor, hidden: Tensor, weights: Tensor, frozen: "_Frozen"
+    ) -> tuple[Tensor, Tensor]:
+        """z, made from the hidden ``A x`` that the cosines need as well, and their h."""
+        hidden = hidden.unflatten(-1, (self.num_experts, self.rank))
+        if self.biases:
+            hidden = hidden + self.down_bias
+        hidden = reference.ACTIVATIONS[self.activation](hidden)
+        if self.biases:
+            hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
+        shares = (weights.to(hidden.dtype) * frozen.scales).unsqueeze(-1)
+        shares = shares.reshape(len(weights), *[1] * (x.dim() - 2), *shares.shape[1:])
+        mixed = (hidden * shares).flatten(-2)
+        return functional.expand(mixed, frozen.up_rows.flatten(0, 1), self.base(x)), hidden
 
-    def _frozen_outputs(self) -> tuple[Tensor, Tensor]:
-        """Rows of Bᵀ, b among them, and their R, made once for as long as the experts stay."""
+    def _frozen_outputs(self) -> "_Frozen":
+        """Made once for as long as the experts stay."""
         ups = [t for t in (self.lora_up, self.up_bias) if t is not None]
-        key = tuple((t._version, t.data_ptr(), t.dtype) for t in ups)
+        key = [(t._version, t.data_ptr(), t.dtype) for t in ups]
         if self._frozen is None or self._frozen[0] != key:
             up_rows = self.lora_up.detach()
-            if self.up_bias is not None:
+            if self.biases:
                 up_rows = torch.cat([up_rows, self.up_bias.detach()[:, None]], 1)
-            self._frozen = key, (up_rows, triangular_factors(up_rows))
+            factors = triangular_factors(up_rows)
+            self._frozen = key, _Frozen(up_rows, factors, factors.new_tensor(self.scales))
         return self._frozen[1]
 
     @classmethod
@@ -411,47 +457,112 @@ class PEMTLinear(AdapterLinear):
 
 
 def expert_cosines(
-    f: Tensor,
-    x: Tensor,
-    lora_down: Tensor,
-    up_rows: Tensor,
-    factors: Tensor,
-    scales: Sequence[float],
-    activation: str | None = None,
-    down_bias: Tensor | None = None,
+    f: Tensor, hidden: Tensor, up_rows: Tensor, factors: Tensor, scales: Tensor
 ) -> Tensor:
-    """``cos(f, o_e)`` with every expert's output ``o_e = s_e (B_e φ(A_e x + a_e) + b_e)``.
+    """``cos(f, o_e)`` with every expert's output ``o_e = s_e B_e h_e``; B, s constants.
 
-    In rank space: ``⟨f, B_e H_e⟩ = ⟨B_eᵀ f, H_e⟩`` and ``|B_e H_e| = |R_e H_e|``: no expert's
-    output is made.  Of adapter experts the shared residual is left out (our choice: it says nothing
-    about which expert is used).
+    In rank space: ``⟨f, B_e h_e⟩ = ⟨B_eᵀ f, h_e⟩`` and ``|B_e h_e| = |R_e h_e|``: no expert's
+    output is made.  Of adapter experts b is a column of B, where h is 1, and the shared residual is
+    left out (our choice: it says nothing about which expert is used).
 
     Args:
         f: ``[..., N]``.
-        x: ``[..., K]``.
-        lora_down: A ``[E, r, K]``.
-        up_rows: Bᵀ ``[E, r, N]``, or ``[E, r + 1, N]`` with b as the last row.
+        hidden: h ``[..., E, r]``, at least float32.
+        up_rows: Bᵀ ``[E, r, N]`` in f's dtype.
         factors: :func:`triangular_factors` of `up_rows`.
-        scales: s.
-        activation, down_bias: φ and a.
+        scales: s ``[E]``, in hidden's dtype like `factors`.
 
     Returns:
-        ``[..., E]`` in at least float32; a norm below 1e-8 counts as 1e-8, as in PyTorch's
+        ``[..., E]`` in hidden's dtype; a norm below 1e-8 counts as 1e-8, as in PyTorch's
         ``cosine_similarity``.
     """
-    hidden = functional.shrink(x, lora_down.flatten(0, 1)).unflatten(-1, lora_down.shape[:2])
-    if down_bias is not None:
-        hidden = hidden + down_bias
-    hidden = reference.ACTIVATIONS[activation](hidden)
-    if up_rows.shape[1] > hidden.shape[-1]:
-        hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
     seen = functional.shrink(f, up_rows.flatten(0, 1)).unflatten(-1, up_rows.shape[:2])
-    scale = hidden.new_tensor(scales)
-    dots = scale * torch.einsum("...er,...er->...e", seen, hidden)
-    outputs = torch.einsum("...er,esr->...es", hidden, factors.to(hidden.dtype))
-    norms = scale.abs() * torch.linalg.vector_norm(outputs, dim=-1)
-    f_norm = torch.linalg.vector_norm(f, dim=-1, keepdim=True, dtype=hidden.dtype)
-    return dots / (norms.clamp(min=_SMALLEST_NORM) * f_norm.clamp(min=_SMALLEST_NORM))
+    f_norm = torch.linalg.vector_norm(f, dim=-1, dtype=hidden.dtype)
+    return _Cosines.apply(seen, hidden, f_norm, factors, scales)
+
+
+class _Taps(torch.autograd.Function):
+    """x itself, and what is read off it: the prompt's query and A x.
+
+    A function of its own because their gradients go to x's as they come, in place.  Apart, each
+    would be a ``[T, K]`` of its own, the query's nearly all zeros, and then be added.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, prompt_length: int, lora_down: Tensor | None, own_dx: bool):
+        ctx.set_materialize_grads(False)
+        ctx.prompt_length, ctx.lora_down, ctx.own_dx = prompt_length, None, own_dx
+        ctx.shape, ctx.like = x.shape, {"dtype": x.dtype, "device": x.device}
+        query = reference.prompt_query(x, prompt_length) if prompt_length else None
+        hidden = None
+        if lora_down is not None:
+            ctx.lora_down = lora_down.flatten(0, 1)
+            hidden = functional.shrink(x, ctx.lora_down)
+        return x.view_as(x), query, hidden
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx: Tensor | None, dquery: Tensor | None, dhidden: Tensor | None):
+        if dx is None:  # y itself is not in the loss
+            dx = torch.zeros(ctx.shape, **ctx.like)
+        elif not (ctx.own_dx and dx.is_contiguous()):
+            dx = dx.clone(memory_format=torch.contiguous_format)
+        if dquery is not None:
+            dx[:, : ctx.prompt_length] += (dquery / ctx.prompt_length).unsqueeze(1).to(dx.dtype)
+        if dhidden is not None:
+            for rows, hidden in _blocks(dx, dhidden):
+                rows.copy_(functional.expand(hidden, ctx.lora_down, rows))
+        return dx, None, None, None
+
+
+class _Cosines(torch.autograd.Function):
+    """``s ⟨g_e, h_e⟩ / (|s R_e h_e| |f|)`` from ``g = Bᵀ f``; keeps g, h and no third."""
+
+    @staticmethod
+    def forward(ctx, seen, hidden, f_norm, factors, scale):
+        f_norm = f_norm.clamp(min=_SMALLEST_NORM).unsqueeze(-1)
+        cosines = hidden.new_empty(hidden.shape[:-1])
+        for out, g, h, m in _blocks(cosines, seen, hidden, f_norm, trailing=(1, 2, 2, 1)):
+            norm = (scale * _outputs(h, factors).norm(dim=-1).t()).abs().clamp_(min=_SMALLEST_NORM)
+            torch.div(scale * (g * h).sum(-1), norm * m, out=out)
+        ctx.save_for_backward(seen, hidden, f_norm, factors, scale, cosines)
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dcosines):
+        seen, hidden, f_norm, factors, scale, cosines = ctx.saved_tensors
+        dseen, dhidden = torch.empty_like(seen), torch.empty_like(hidden)
+        for dg, dh, g, h, m, c, dc in _blocks(
+            dseen, dhidden, seen, hidden, f_norm, cosines, dcosines, trailing=(2, 2, 2, 2, 1, 1, 1)
+        ):
+            outputs = _outputs(h, factors)  # [E, t, r]
+            plain = outputs.norm(dim=-1).t()
+            norm = (scale * plain).abs().clamp_(min=_SMALLEST_NORM)
+            each = (dc * scale / (norm * m)).unsqueeze(-1)
+            torch.mul(each, h, out=dg)
+            torch.mul(each, g, out=dh)
+            # Where the norm is clamped it is a constant.
+            away = torch.where(norm > _SMALLEST_NORM, dc * c / plain.square(), 0.0)
+            outputs.mul_(away.t().unsqueeze(-1))
+            dh.sub_(torch.bmm(outputs, factors).transpose(0, 1))
+        free = f_norm > _SMALLEST_NORM
+        df_norm = torch.where(free, -(dcosines * cosines).sum(-1, keepdim=True) / f_norm, 0.0)
+        return dseen, dhidden, df_norm.squeeze(-1), None, None
+
+
+_BLOCK = 512  # tokens: enough for a product to be worth its call, too few to be seen in memory
+
+
+def _outputs(hidden: Tensor, factors: Tensor) -> Tensor:
+    """``R_e h_e``, ``[E, t, r]``."""
+    return torch.bmm(hidden.transpose(0, 1), factors.transpose(1, 2))
+
+
+def _blocks(*tensors: Tensor, trailing: Sequence[int] = (1, 1)) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors' rows, some at a time; the last `trailing` dimensions of each are a row."""
+    flat = [t.reshape(-1, *t.shape[t.dim() - n :]) for t, n in zip(tensors, trailing, strict=True)]
+    return zip(*(t.split(_BLOCK) for t in flat), strict=True)
 
 
 def triangular_factors(up_rows: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from .pemt import (
     PEMTSourceLinear,
     combine_prompts,
     prompt_gate,
+    prompt_query,
     task_sparsity,
 )
 from .philox import keep_mask, philox4x32
@@ -72,6 +73,7 @@ __all__ = [
     "no_autocast",
     "philox4x32",
     "prompt_gate",
+    "prompt_query",
     "sequence_mean",
     "skill_weights",
     "task_router",

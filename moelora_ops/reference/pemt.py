@@ -47,22 +47,31 @@ class Agreement(NamedTuple):
     cosines: Tensor
 
 
-def prompt_gate(states: Tensor, gate: Tensor, prompt_length: int) -> Tensor:
-    """``softmax(q W_g)``, q the mean of the first `prompt_length` positions.
+def prompt_query(states: Tensor, prompt_length: int) -> Tensor:
+    """q: the mean of the first `prompt_length` positions.
 
     Args:
         states: ``[batch, length, features]``: the FFN's inner activation u in an encoder, the final
             encoder output for a decoder.
-        gate: ``W_gᵀ``, ``[E, features]``.
         prompt_length: P.
 
     Returns:
-        g ``[batch, E]``, at least float32.
+        ``[batch, features]``, at least float32.
     """
     wide = torch.promote_types(states.dtype, torch.float32)
-    with no_autocast(states.device.type):
-        query = states[:, :prompt_length].to(wide).mean(1)
-        return (query @ gate.to(wide).T).softmax(-1)
+    return states[:, :prompt_length].to(wide).mean(1)
+
+
+def prompt_gate(query: Tensor, gate: Tensor) -> Tensor:
+    """``g = softmax(q W_g)``, ``[batch, E]``, at least float32.
+
+    Args:
+        query: q ``[batch, features]``.
+        gate: ``W_gᵀ``, ``[E, features]``.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    with no_autocast(query.device.type):
+        return (query.to(wide) @ gate.to(wide).T).softmax(-1)
 
 
 def combine_prompts(target: Tensor, sources: Sequence[Tensor], dropout: float = 0.0) -> Tensor:
@@ -241,7 +250,7 @@ class PEMTLinear(LooksLikeBase, nn.Module):
         self.encoder_states = self.ffn_input = None
         if weights is None:
             states = x if self.gate_query == "input" else encoder_states
-            weights = prompt_gate(states, self.gate, self.prompt_length)
+            weights = prompt_gate(prompt_query(states, self.prompt_length), self.gate)
         z, outputs = self.base(x), []
         for e in range(self.num_experts):
             hidden = x @ self.lora_down[e].T
