@@ -12,8 +12,9 @@ embeddings into scores, and run the model in a block::
 """
 
 import contextlib
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -36,9 +37,9 @@ def intuition(
     also if several calls with different scores share a backward pass.  For that the block must be
     entered with gradients enabled.
 
-    Limits: a layer that is both compiled and called by a checkpoint outside of every module of
-    `model` is recomputed without scores; fused layers only.  With the reentrant mode such a
-    checkpoint, and eager layers, only the last forward call may still be recomputed.
+    Limits: a layer that is compiled *and* called by a checkpoint outside of every module of `model`
+    is recomputed without scores.  Eager layers under such a checkpoint in the reentrant mode
+    remember the last forward call only, and on a GPU they raise an error.
 
     Args:
         model: holds MoR1E layers, fused or reference.
@@ -55,7 +56,7 @@ def intuition(
     layers = _layers(model)
     _check_scores(layers, scores, row_map)
     block = Scores(scores, row_map)
-    block.first = torch._C._autograd._get_sequence_nr()
+    block.first, block.last = torch._C._autograd._get_sequence_nr(), math.inf
     before = [(layer.ambient_scores, layer.ambient_scores.now) for layer in layers.values()]
     for ambient, _ in before:
         ambient.now = block
@@ -69,7 +70,7 @@ def intuition(
                 name = name.rpartition(".")[0]
                 inside.setdefault(name, []).append(layer.ambient_scores)
         hooks = [
-            model.get_submodule(name).register_forward_hook(_remember(ambients))
+            model.get_submodule(name).register_forward_hook(_Remember(ambients))
             for name, ambients in inside.items()
         ]
     try:
@@ -84,53 +85,69 @@ def intuition(
 
 def scores_now(layer: nn.Module) -> Scores:
     """The scores that hold for a forward call of `layer` that begins now, recomputed or not."""
-    now = layer.ambient_scores.now
+    ambient = layer.ambient_scores
+    now = ambient.now
     if torch.compiler.is_compiling():
         return now  # compiled code cannot ask the engine
     if torch._C._current_graph_task_id() == -1:
         while now.before is not None:  # set by a backward pass that failed
             now = now.before
-        layer.last_scores = now
+        ambient.last = now
+        layer.had_scores |= now.values is not None
         return now
     # Inside a backward pass, so this call recomputes what belongs to the node that is being
-    # evaluated.  Nodes are numbered in the order of the forward calls.
+    # evaluated.  A thread numbers the nodes of its forward calls in their order.
     node = torch._C._current_autograd_node()
-    while now is not None:
-        if node is None or now.first <= node._sequence_nr() < now.last:
-            return now
-        now = now.before
-    last = layer.last_scores
-    return last if last.first <= node._sequence_nr() < last.last else NO_SCORES
+    for scores in (*_chain(now), *_chain(ambient.last)):
+        if node is None or scores.first <= node._sequence_nr() < scores.last:
+            return scores
+    if ambient.last is None and layer.had_scores:
+        raise RuntimeError(
+            "intuition: the scores of a forward call are lost, as a reentrant checkpoint outside "
+            "of every module of the model recomputes it in another thread; checkpoint with "
+            "use_reentrant=False (and run calls without scores in a block of None)"
+        )
+    return NO_SCORES
 
 
-def _remember(ambients: list[AmbientScores]) -> Callable:
+def _chain(scores: Scores | None) -> Iterator[Scores]:
+    while scores is not None:
+        yield scores
+        scores = scores.before
+
+
+class _Remember:
     """A forward hook: backward passes through this call set the scores that hold for it again."""
-    thread = threading.get_ident()
 
-    def on_output(module: nn.Module, inputs: tuple, output: Any) -> None:
+    def __init__(self, ambients: list[AmbientScores]):
+        self.ambients, self.thread = ambients, threading.get_ident()
+
+    def __reduce__(self):
+        return _Remember, ([],)  # a copy of a module is in no block
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> None:
         # A compiled forward is recomputed by its own graph, which has the scores as an input.
-        if torch.compiler.is_compiling() or threading.get_ident() != thread:
+        if torch.compiler.is_compiling() or threading.get_ident() != self.thread:
             return
-        if torch._C._current_graph_task_id() != -1:
-            return  # recomputed, and the first time remembered it
-        held = [ambient.now for ambient in ambients]
+        if not self.ambients or torch._C._current_graph_task_id() != -1:
+            return  # a recomputation: its forward call has been here
+        held = [ambient.now for ambient in self.ambients]
         end = torch._C._autograd._get_sequence_nr()
 
         def on_backward(gradients: tuple) -> None:
-            _hold(ambients, held, end)
+            _hold(self.ambients, held, end)
 
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(on_backward)
-
-    return on_output
 
 
 def _hold(ambients: list[AmbientScores], scores: list[Scores], end: int) -> None:
     """For the rest of the current backward pass, in the thread that runs it."""
     held = []
     for ambient, wanted in zip(ambients, scores, strict=True):
-        if ambient.now.values is wanted.values and ambient.now.first == wanted.first:
+        same = ambient.now.values is wanted.values and ambient.now.first == wanted.first
+        if same and ambient.now.last:
             continue
         now = Scores(wanted.values, wanted.row_map)
         now.first, now.last, now.before = wanted.first, end, ambient.now
@@ -141,9 +158,7 @@ def _hold(ambients: list[AmbientScores], scores: list[Scores], end: int) -> None
         # Possibly in another thread than the one that holds them, so the objects change and not
         # what the threads refer to.
         for now in held:
-            root = now
-            while root.before is not None:
-                root = root.before
+            *_, root = _chain(now)
             now.values, now.row_map, now.before = root.values, root.row_map, None
             now.first, now.last = root.first, root.last
 

@@ -66,7 +66,7 @@ class MoR1ELinear(AdapterLinear):
         self.router = self._new_parameter(self.num_experts, self.in_features)
         self.omega, self.beta = self._new_parameter(1), self._new_parameter(1)
         self.ambient_scores = reference.AmbientScores()
-        self.last_scores = reference.NO_SCORES  # of the last forward call, see scores_now
+        self.had_scores = False  # ever, outside of compiled code
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -92,9 +92,6 @@ class MoR1ELinear(AdapterLinear):
             token_scale=self.token_scale, task_scale=self.task_scale, mode=self.mode,
             row_map=scores.row_map, **self.base_arguments(x),
         )  # fmt: skip
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "last_scores": reference.NO_SCORES}
 
     @classmethod
     def from_reference(cls, layer: reference.MoR1ELinear) -> "MoR1ELinear":

@@ -32,7 +32,7 @@ class Scores:
 
     def __init__(self, values: Tensor | None = None, row_map: Tensor | None = None):
         self.values, self.row_map = values, row_map
-        self.first, self.last = 0, math.inf
+        self.first, self.last = 0, 0
         self.before: Scores | None = None
 
 
@@ -40,9 +40,10 @@ NO_SCORES = Scores()
 
 
 class AmbientScores(threading.local):
-    """The :class:`Scores` that hold for a layer in the current thread."""
+    """The :class:`Scores` of a layer in the current thread: those that hold, and the last ones."""
 
     now = NO_SCORES
+    last: Scores | None = None
 
     def __reduce__(self):
         return AmbientScores, ()  # a copy of a layer is in no block
