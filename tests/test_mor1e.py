@@ -661,3 +661,45 @@ def test_parameter_counts_of_the_released_configuration():
     assert count == {"lora": 24_166_400, "router": 57_016_320, "scalar": 560}
     new = models.adapter_parameters(model)
     assert sum(p.numel() for p in new) == sum(count.values())
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("mode", "ranks", "floors"),
+    [
+        # (K (r1 + G) + N r2) / (K N), and three times that over two such products.
+        ("grid", (4, 8), (44 * 64 / 64**2, 3 * 44 / 128)),
+        ("rank1", (16, 16), (48 * 64 / 64**2, 3 * 48 / 128)),
+    ],
+)
+def test_the_benchmark_checks_and_measures(dtype, mode, ranks, floors):
+    from moelora_ops.bench import METHODS
+    from moelora_ops.bench.mor1e import MoR1ECase
+    from moelora_ops.bench.runner import Settings, run_case
+
+    method = METHODS["mor1e"]
+    case = MoR1ECase("small", dtype, 96, 64, 64, *ranks, mode)
+    for direction, floor in zip(case.directions, floors, strict=True):
+        record = run_case(method, case, direction, Settings(rounds=3, seconds=0.1, compile=False))
+        assert "refused" not in record, record["refused"]
+        assert record["floors"]["dense"] == pytest.approx(floor)
+        assert record["variants"].keys() == {"base", "stacked", "eager", "ours"}
+    # What a training step keeps beside x: hidden and logits in float32, no less, no more than the
+    # target, unless the back end is the reference, which keeps everything.
+    if record["backend"] == "cpu":
+        assert record["variants"]["ours"]["saved_bytes"] <= method.memory_target(case)
+
+
+def test_the_named_cases_of_the_benchmark():
+    from moelora_ops.bench import METHODS
+
+    cases = METHODS["mor1e"].cases
+    assert {case.tokens for case in cases} == {1024, 512, 64, 8, 1}
+    assert {(case.mode, case.rank_down, case.rank_up) for case in cases} == {
+        ("grid", 4, 8), ("rank1", 32, 32),
+    }  # fmt: skip
+    assert {case.dtype for case in cases} == {"bf16", "fp32"} and len(cases) == 20
+    assert {(case.in_features, case.out_features) for case in cases} == {(2048, 2048)}
