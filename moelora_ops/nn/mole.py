@@ -98,6 +98,9 @@ class MoLELinear(AdapterLinear):
         dtype: torch.dtype | None = None,
     ):
         check_arguments(granularity, normalization, mask_mode, gated, compact)
+        sizes = [getattr(base, name, None) for name in ("in_features", "out_features")]
+        if all(isinstance(size, int) for size in sizes):  # else the next line says so
+            stack_loras(loras, *sizes, device="meta")  # raises before the base is frozen
         super().__init__(base, device, dtype)
         down, up, self.scales = stack_loras(loras, self.in_features, self.out_features, **self._new)
         self.num_experts, self.rank = down.shape[:2]
@@ -628,4 +631,4 @@ def _position(layer: nn.Module, members: Sequence[nn.Module]) -> int | None:
 
 def _version(t: Tensor) -> int:
     """Grows with every change in place; inference tensors do not count them."""
-    return 0 if t.is_inference() or torch.compiler.is_compiling() else t._version
+    return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version
