@@ -57,9 +57,10 @@ class PEMTAdapter(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z ``[..., features]`` to f of the same shape."""
+        # A view, as torch.compile takes no tensor twice.
         return functional.gated(
             z, None, None, self.down, self.up, _one_per_token(z), activation="gelu_tanh",
-            down_bias=self.down_bias, up_bias=self.up_bias, base_output=z,
+            down_bias=self.down_bias, up_bias=self.up_bias, base_output=z.view_as(z),
         )  # fmt: skip
 
     @classmethod
@@ -417,7 +418,9 @@ class PEMTLinear(AdapterLinear):
     def _frozen_outputs(self) -> "_Frozen":
         """Made once for as long as the experts stay."""
         ups = [t for t in (self.lora_up, self.up_bias) if t is not None]
-        key = [(t._version, t.data_ptr(), t.dtype) for t in ups]
+        # A compiler cannot compare addresses; it notices another tensor by itself.
+        at = [0 if torch.compiler.is_compiling() else t.data_ptr() for t in ups]
+        key = [at, *((t._version, t.dtype) for t in ups)]
         if self._frozen is None or self._frozen[0] != key:
             up_rows = self.lora_up.detach()
             if self.biases:
