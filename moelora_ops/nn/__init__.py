@@ -5,6 +5,7 @@ from .lora import LoRALinear
 from .loras import LoRA, stack_loras, unstack_loras
 from .mola import MoLALinear
 from .mole import MoLELinear, SharedGate
+from .mole_block import MoLEBlock
 from .mor1e import MoR1ELinear
 from .orchmoe import OrchMoELinear, PolytroponLinear
 from .pemt import PEMTAdapter, PEMTLinear, PEMTSourceLinear
@@ -15,6 +16,7 @@ __all__ = [
     "LoRA",
     "LoRALinear",
     "MoLALinear",
+    "MoLEBlock",
     "MoLELinear",
     "MoR1ELinear",
     "OrchMoELinear",

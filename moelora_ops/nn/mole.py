@@ -36,7 +36,7 @@ class MoLELinear(AdapterLinear):
     With one expert g is 1 and the layer that LoRA.  The paper's equations gate whole transformer
     blocks; this is the matrix-wise gate that it also names, the only one for which a single LoRA
     is reproduced, and our default.  For gates that several linears share see :class:`SharedGate`,
-    for the equations to the letter :class:`MoLEBlock`.
+    for the equations to the letter :class:`moelora_ops.nn.MoLEBlock`.
 
     Args:
         base: the frozen layer, see :class:`AdapterLinear`.
@@ -475,8 +475,7 @@ def sequence_mask(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: wanted a bool or integer tensor, got {got}")
         mask = mask.bool()
-    kinds = (MoLELinear, reference.MoLELinear, SharedGate)
-    gates = [module for module in model.modules() if isinstance(module, kinds)]
+    gates = [module for module in model.modules() if hasattr(module, "sequence_mask")]
     before = [gate.sequence_mask for gate in gates]
     try:
         for gate in gates:
