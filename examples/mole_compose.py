@@ -120,7 +120,7 @@ def parse_arguments() -> argparse.Namespace:
 def train_lora(
     model: nn.Module, examples: list[tasks.Example], folder: Path, args, pad: int
 ) -> list[float]:
-    """Train PEFT's LoRA on `examples`, our fused layers in its place, and save it as PEFT does."""
+    """Train a LoRA on `examples` with PEFT and save it as PEFT does."""
     config = LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
     )

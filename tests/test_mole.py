@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import moelora_ops
 from moelora_ops import MoLEConfig, models, reference, use_backend
 from moelora_ops.backends import extension
+from moelora_ops.bench import METHODS
+from moelora_ops.bench.mole import MoLECase, StackedMoLELinear
+from moelora_ops.bench.runner import Settings, prepare
 from moelora_ops.nn import MoLEBlock, MoLELinear, SharedGate, stack_loras, unstack_loras
 
 BACKENDS = ["reference", *([] if extension.why_missing() else ["cpu"])]
@@ -997,3 +1000,31 @@ def test_bad_blocks():
         layer(torch.randn(2, 6, 6, dtype=torch.float64))
     with pytest.raises(ValueError, match="past_key_values: a gate over the whole sequence"):
         layer(torch.randn(2, 4, 6, dtype=torch.float64), past_key_values=object())
+
+
+# ---------------------------------------------------------------- benchmark
+
+
+@pytest.mark.parametrize("direction", ("forward", "train"))
+@pytest.mark.parametrize("dtype", ("bf16", "fp32"))
+def test_the_benchmarks_variants_compute_the_same(dtype, direction):
+    case = MoLECase("tiny", dtype, tokens=64, in_features=96, out_features=80, experts=4, rank=6)
+    ready = prepare(METHODS["mole"], case, direction, Settings(compile=False))
+    assert {"base", "stacked", "eager", "ours"} <= ready.layers.keys()
+
+
+def test_the_benchmarks_arithmetic():
+    case = MoLECase("floor", "fp32", 1024, 2048, 2048)
+    method = METHODS["mole"]
+    assert method.floors(case, "forward").dense == 128 / 1024
+    # Frozen experts: as much again in backward as the base has, and P with its gradient.
+    assert method.floors(case, "train").dense == 128 / 1024 + 128 * 8 / (1024 * 2048)
+    assert {c.experts * c.rank for c in method.cases} == {128, 24}
+    assert {c.tokens for c in method.cases} == {1, 8, 64, 512, 1024}
+    with pytest.raises(ValueError, match="rank: wanted at least 1, got 0"):
+        MoLECase("bad", "fp32", 1, 1, 1, rank=0)
+
+
+def test_the_baselines_refuse_what_they_do_not_compute():
+    with pytest.raises(ValueError, match="l2 gates per token only"):
+        StackedMoLELinear.of(make_layer(normalization="none"))

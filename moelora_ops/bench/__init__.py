@@ -1,6 +1,9 @@
 """The microbenchmarks that ``python -m moelora_ops.bench`` runs: one registry entry per method."""
 
+from .gated import GATED
 from .mola import MOLA
+from .mole import MOLE
 from .mor1e import MOR1E
+from .pemt import PEMT
 
-METHODS = {method.name: method for method in (MOLA, MOR1E)}
+METHODS = {method.name: method for method in (MOLA, MOLE, MOR1E, GATED, PEMT)}
