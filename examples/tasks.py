@@ -25,11 +25,15 @@ IGNORED = -100  # label of a token that carries no loss
 
 
 class Example(NamedTuple):
-    """One question and its answer as token ids; the answer ends with the end-of-turn token."""
+    """One question and its answer as token ids; the answer ends with the end-of-turn token.
+
+    `text` is the question as the task gives it, without the chat around it.
+    """
 
     task: str
     question: list[int]
     answer: list[int]
+    text: str = ""
 
 
 class Batch(NamedTuple):
@@ -39,15 +43,22 @@ class Batch(NamedTuple):
         ids: ``[B, L]`` int64, padded on the right.
         mask: ``[B, L]`` int64, 1 on real tokens.
         labels: ``[B, L]``, the *next* token where that is part of an answer, else ``IGNORED``.
+        tasks: the name of each example's task.
     """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
+    tasks: tuple[str, ...] = ()
 
 
 def make_mixture(
-    tokenizer, per_task: int, held_out_per_task: int, length: int, seed: int
+    tokenizer,
+    per_task: int,
+    held_out_per_task: int,
+    length: int,
+    seed: int,
+    tasks: dict[str, dict] | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """Examples of every task to learn from, and held-out ones whose questions are not among those.
 
@@ -56,22 +67,28 @@ def make_mixture(
         per_task, held_out_per_task: how many of each task; all questions differ.
         length: most tokens of a question with its answer; longer ones are left out.
         seed: another one gives other questions.
+        tasks: settings of each task; :data:`TASKS` by default.
 
     Raises:
         ValueError: a task has not so many different questions of that length.
     """
     training, held_out = [], []
-    for task in TASKS:
-        examples = make_examples(tokenizer, task, per_task + held_out_per_task, length, seed)
+    tasks = TASKS if tasks is None else tasks
+    for task, settings in tasks.items():
+        count = per_task + held_out_per_task
+        examples = make_examples(tokenizer, task, count, length, seed, settings)
         training += examples[:per_task]
         held_out += examples[per_task:]
     return training, held_out
 
 
-def make_examples(tokenizer, task: str, count: int, length: int, seed: int) -> list[Example]:
+def make_examples(
+    tokenizer, task: str, count: int, length: int, seed: int, settings: dict | None = None
+) -> list[Example]:
     """`count` examples of one task with different questions, see :func:`make_mixture`."""
+    settings = TASKS[task] if settings is None else settings
     examples: dict[str, Example] = {}
-    for item in reasoning_gym.create_dataset(task, seed=seed, size=20 * count, **TASKS[task]):
+    for item in reasoning_gym.create_dataset(task, seed=seed, size=20 * count, **settings):
         text = item["question"].strip()
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -79,7 +96,7 @@ def make_examples(tokenizer, task: str, count: int, length: int, seed: int) -> l
         answer = tokenizer.encode(item["answer"], add_special_tokens=False)
         answer.append(tokenizer.eos_token_id)
         if len(question) + len(answer) <= length:
-            examples.setdefault(text, Example(task, question, answer))
+            examples.setdefault(text, Example(task, question, answer, text))
         if len(examples) == count:
             return list(examples.values())
     raise ValueError(
@@ -108,15 +125,20 @@ def collate(examples: list[Example], pad: int) -> Batch:
         ids[row, :end] = torch.tensor(e.question + e.answer)
         mask[row, :end] = 1
         labels[row, start - 1 : end - 1] = torch.tensor(e.answer)
-    return Batch(ids, mask, labels)
+    return Batch(ids, mask, labels, tuple(e.task for e in examples))
 
 
 def batches(examples: list[Example], size: int, steps: int, pad: int, seed: int) -> list[Batch]:
     """`steps` batches of `size` examples: every epoch in a new order."""
+    return [collate(group, pad) for group in draw(examples, size, steps, seed)]
+
+
+def draw(examples: list[Example], size: int, steps: int, seed: int) -> list[list[Example]]:
+    """What goes into each batch, see :func:`batches`."""
     shuffle, order = random.Random(seed), []
     while len(order) < size * steps:
         order += shuffle.sample(examples, len(examples))
-    return [collate(order[i * size : (i + 1) * size], pad) for i in range(steps)]
+    return [order[i * size : (i + 1) * size] for i in range(steps)]
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

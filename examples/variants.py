@@ -101,12 +101,7 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = self.schedule = None
         if self.parameters:
-            self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=0.0, fused=True)
-            warmup = max(1, steps // 10)
-            self.schedule = torch.optim.lr_scheduler.LambdaLR(
-                self.optimizer,
-                lambda i: min((i + 1) / warmup, max(0.0, (steps - i) / (steps - warmup + 1))),
-            )
+            self.optimizer, self.schedule = make_optimizer(self.parameters, lr, steps)
 
     def step(self, batch: tasks.Batch) -> float:
         """Forward, backward and update; returns the loss of the answers."""
@@ -118,6 +113,16 @@ class Trainer:
             self.optimizer.zero_grad()
             self.schedule.step()
         return loss.item()
+
+
+def make_optimizer(parameters: list, lr: float, steps: int):
+    """AdamW for parameters, or groups of them, and its schedule: first up, then down, above 0."""
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, max(0.0, (steps - i) / (steps - warmup + 1)))
+    )
+    return optimizer, schedule
 
 
 def peak_bytes(step: Callable[[], object]) -> int:

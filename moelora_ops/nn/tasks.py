@@ -19,7 +19,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +156,13 @@ class _Call:
         return self.leaf
 
 
+class _Masks(NamedTuple):
+    """What a model was called with that its routers need: attention_mask, and the prompt."""
+
+    attention: Tensor | None
+    prompt: Tensor | None
+
+
 class _Collect(torch.autograd.Function):
     """Identity on the input of the layers; its backward hands the leaf's gradient to the tasks."""
 
@@ -180,8 +187,8 @@ class TaskSource(Companion):
 
     def __init__(self):
         super().__init__()
-        self._calls: list[_Call | None] = []
-        self._before: dict[tuple[int, int], _Call | None] = {}
+        self._calls: list[Any] = []  # one slot per place: a _Call, and what else a call has
+        self._before: dict[tuple[int, int], Any] = {}
         self._handles: list = []
 
     def read(self, place: int) -> Tensor:
@@ -191,21 +198,18 @@ class TaskSource(Companion):
             raise RuntimeError(self.missing)
         return call.read()
 
-    def _detach_hooks(self, places: int) -> None:
+    def _start_over(self, places: int) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._calls = [], [None] * places
 
-    def _remember(self, place: int, output: Any) -> None:
-        """Have the backward of `output` set this call again before it reaches the layers."""
-        call = self._calls[place]
-        if call is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
+    def _remember(self, place: int, call: Any, output: Any) -> None:
+        """Have the backward of `output` set `call` again before it reaches the layers."""
         for t in _tensors(output):
             if t.grad_fn is not None:
                 t.register_hook(partial(self._recall, place, call))
 
-    def _recall(self, place: int, call: _Call, gradient: Tensor) -> None:
+    def _recall(self, place: int, call: Any, gradient: Tensor) -> None:
         backward = (place, torch._C._current_graph_task_id())
         if backward not in self._before:
             self._before[backward] = self._calls[place]
@@ -241,7 +245,7 @@ class TaskIds(TaskSource):
 
     def attach(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         """See :meth:`Companion.attach`; hooks what holds the stacks of layers."""
-        self._detach_hooks(1)
+        self._start_over(1)
         holders = {"": None} | {h: None for name in layers for h in _holders(model, name)}
         for name in holders:
             hook = model.get_submodule(name).register_forward_hook(self._leave)
@@ -249,8 +253,10 @@ class TaskIds(TaskSource):
         for layer in layers.values():
             layer.tasks_from = partial(self.read, 0)
 
-    def _leave(self, module: nn.Module, arguments: tuple, output: Any) -> None:
-        self._remember(0, output)
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        call = self._calls[0]
+        if call is not None and not torch.compiler.is_compiling():
+            self._remember(0, call, output)
 
 
 class TaskRouters(TaskSource):
@@ -288,16 +294,16 @@ class TaskRouters(TaskSource):
             for _, _, width in places
         )
         self.prompt: Tensor | None = None  # see prompt_mask
-        self._masks: list[Tensor | None] = []
         self._slots: list[int] = []
 
     def attach(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         """See :meth:`Companion.attach`."""
-        self._detach_hooks(len(self.places))
+        holders = {"": None} | {
+            h: None for reads, *_ in self.places for h in _holders(model, reads)
+        }
+        self._start_over(len(self.places) + len(holders))
         self._slots = []
-        holders: dict[str, None] = {"": None}
         for i, (reads, serves, _) in enumerate(self.places):
-            holders |= dict.fromkeys(_holders(model, reads))
             stack = numbered_layer(model, reads)
             self._slots.append(stack.depth + stack.index)
             read, served = model.get_submodule(reads), model.get_submodule(serves)
@@ -308,33 +314,38 @@ class TaskRouters(TaskSource):
             for name, layer in layers.items():
                 if name.startswith(serves + "." if serves else ""):
                     layer.tasks_from = partial(self.read, i)
-        self._masks = [None] * len(holders)
-        for level, name in enumerate(sorted(holders, key=lambda n: n.count(".") + bool(n))):
+        outermost_first = sorted(holders, key=lambda n: n.count(".") + bool(n))
+        for level, name in enumerate(outermost_first, len(self.places)):
             holder = model.get_submodule(name)
             names = list(inspect.signature(holder.forward).parameters)
             position = names.index("attention_mask") if "attention_mask" in names else None
             self._handles += [
                 holder.register_forward_pre_hook(
-                    partial(self._note_mask, level, position), with_kwargs=True
+                    partial(self._enter_holder, level, position), with_kwargs=True
                 ),
-                holder.register_forward_hook(partial(self._drop_mask, level), always_call=True),
+                holder.register_forward_hook(partial(self._leave_holder, level), always_call=True),
             ]
 
-    # ---- padding: the model's own attention_mask, on its way in ----
+    # ---- what the model was called with: a call of the modules around the layers ----
 
-    def _note_mask(
+    def _enter_holder(
         self, level: int, position: int | None, module: nn.Module, args: tuple, kwargs: dict
     ) -> None:
         mask = kwargs.get("attention_mask")
         if position is not None and position < len(args):
             mask = args[position]
-        self._masks[level] = mask if isinstance(mask, Tensor) else None
+        self._calls[level] = _Masks(mask if isinstance(mask, Tensor) else None, self.prompt)
 
-    def _drop_mask(self, level: int, module: nn.Module, args: tuple, output: Any) -> None:
-        self._masks[level] = None
+    def _leave_holder(self, level: int, module: nn.Module, args: tuple, output: Any) -> None:
+        call, self._calls[level] = self._calls[level], None
+        if call is not None and not torch.compiler.is_compiling():
+            self._remember(level, call, output)
+
+    def _masks(self) -> "list[_Masks]":
+        return [masks for masks in self._calls[len(self.places) :] if masks is not None]
 
     def _padding(self) -> Tensor | None:
-        given = [mask for mask in self._masks if mask is not None]
+        given = [masks.attention for masks in self._masks() if masks.attention is not None]
         flat = [mask for mask in given if mask.dim() == 2]
         if given and not flat:
             raise ValueError(
@@ -360,8 +371,17 @@ class TaskRouters(TaskSource):
         return None
 
     def _leave(self, place: int, module: nn.Module, args: tuple, output: Any) -> None:
-        self._remember(place, output)
-        self._calls[place] = None
+        call, self._calls[place] = self._calls[place], None
+        if call is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        trained = any(p.requires_grad for p in self.routers[place].parameters())
+        if trained and not call.tasks.requires_grad:
+            raise RuntimeError(
+                f"{self.places[place][0]}: its task router ran without a graph, inside a reentrant "
+                "checkpoint that does not reach to the end of the layers it serves; checkpoint "
+                "with use_reentrant=False"
+            )
+        self._remember(place, call, output)
 
     def _tasks(self, place: int, x: Tensor, cache: Any) -> Tensor:
         router, mask = self.routers[place], self._padding()
@@ -386,19 +406,20 @@ class TaskRouters(TaskSource):
         return tasks
 
     def _prompt_mask(self, x: Tensor, mask: Tensor | None, generating: bool) -> Tensor | None:
-        if self.prompt is None:
+        around = self._masks()
+        given = around[-1].prompt if around else self.prompt
+        if given is None:
             if generating:
                 return mask  # the first call with an empty cache has the prompt and nothing else
             raise RuntimeError(
                 "prompt: wanted to know which tokens are the prompt, as attention='prompt'; call "
                 "the model inside `with moelora_ops.prompt_mask(model, mask):`"
             )
-        if self.prompt.shape != x.shape[:2]:
+        if given.shape != x.shape[:2]:
             raise ValueError(
-                f"prompt: wanted shape {list(x.shape[:2])} like the input, "
-                f"got {list(self.prompt.shape)}"
+                f"prompt: wanted shape {list(x.shape[:2])} like the input, got {list(given.shape)}"
             )
-        prompt = self.prompt.to(x.device) != 0
+        prompt = given.to(x.device) != 0
         return prompt if mask is None else prompt & (mask.to(x.device) != 0)
 
 
