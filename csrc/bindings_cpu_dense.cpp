@@ -125,11 +125,11 @@ Tensor sum_rows(const Tensor& per_token, const RowMap& row, int64_t rows) {
   with_element(dtype_of(per_token), [&](auto element) {
     using A = decltype(element);
     if constexpr (std::is_floating_point_v<A>) {
-      A* sums = data<A>(out);
+      std::vector<double> sums(rows * n);  // long sums of few numbers
       const A* share = static_cast<const A*>(per_token.const_data_ptr());
-      std::fill(sums, sums + rows * n, A(0));
       for (int64_t t = 0; t < T; ++t)
         for (int64_t j = 0; j < n; ++j) sums[row(t) * n + j] += share[t * n + j];
+      std::copy(sums.begin(), sums.end(), data<A>(out));
     }
   });
   return out;
@@ -317,9 +317,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_backward(
       using A = moelora::acc_t<T>;
       const A* share = static_cast<const A*>(dhidden.const_data_ptr());
       for (int64_t j = 0; j < e.E * e.r; ++j) {
-        A sum = 0;
+        double sum = 0;
         for (int64_t t = 0; t < e.T; ++t) sum += share[t * e.E * e.r + j];
-        data<T>(ddown_bias)[j] = moelora::from_acc<T>(sum / static_cast<A>(c.mix.dhidden_scale));
+        data<T>(ddown_bias)[j] =
+            moelora::from_acc<T>(static_cast<A>(sum / c.mix.dhidden_scale));
       }
     });
   Tensor dweights = need_dweights ? sum_rows(shares, c.mix.row, weights.size(0)) : shares;
@@ -679,9 +680,9 @@ std::tuple<Tensor, Tensor, Tensor> output_gate_backward(
   with_element(dtype_of(dtau), [&](auto element) {
     using A = decltype(element);
     if constexpr (std::is_floating_point_v<A>) {
-      A sum = 0;
+      double sum = 0;
       for (int64_t t = 0; t < e.T; ++t) sum += static_cast<const A*>(dtaus.const_data_ptr())[t];
-      *data<A>(dtau) = sum;
+      *data<A>(dtau) = static_cast<A>(sum);
     }
   });
   return {normalized, dlogits, dtau};

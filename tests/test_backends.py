@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moelora_ops
-from moelora_ops import backends, functional, set_default_backend, use_backend
+from moelora_ops import backends, functional, reference, set_default_backend, use_backend
 
 ROOT = Path(moelora_ops.__file__).parent.parent
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -139,7 +139,7 @@ def test_no_back_end_for_a_dtype(built):
 def test_the_forced_reference_runs_and_is_silent(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        functional.reference, "mola", lambda *args, **kwargs: calls.append(args) or ("y", None)
+        reference, "mola", lambda *args, **kwargs: calls.append(args) or ("y", None)
     )
     with warnings.catch_warnings(), use_backend("reference"):
         warnings.simplefilter("error")

@@ -154,11 +154,17 @@ void outer(int64_t n, const T** v, const acc_t<T>* const* coefficient, int rows,
     auto* h = word_scratch.take(steps * count);
     O::pack(coefficient, n, first, count, h);
     A* o = out + first * ldo;
+    // Short sums added to long ones err less, and a tile of sums stays in L1 meanwhile.
+    constexpr int64_t kSteps = 64 / O::kTokensPerStep;
     for (int64_t c = c0; c < whole; c += O::kColumns)
-      outer_tile<T>(count, steps, v, h, c, o + (c - c0), ldo);
+      for (int64_t q = 0; q < steps; q += kSteps)
+        outer_tile<T>(count, std::min(kSteps, steps - q), v + q * O::kTokensPerStep,
+                      h + q * count, c, o + (c - c0), ldo);
     if (left) {
       alignas(64) A tail[kOuterRows * O::kColumns] = {};
-      outer_tile<T>(count, steps, padded, h, 0, tail, O::kColumns);
+      for (int64_t q = 0; q < steps; q += kSteps)
+        outer_tile<T>(count, std::min(kSteps, steps - q), padded + q * O::kTokensPerStep,
+                      h + q * count, 0, tail, O::kColumns);
       for (int i = 0; i < count; ++i)
         for (int64_t j = 0; j < left; ++j) o[i * ldo + whole - c0 + j] += tail[i * O::kColumns + j];
     }

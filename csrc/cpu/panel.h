@@ -35,16 +35,13 @@ struct WidePanel {
 
   // y[i, v] = init[i, v] + Σ_p h[i, p] panel[entry[p], v] for kTokens tokens and kVectors registers
   // of columns.
-  //   init  where the sums start: y itself to accumulate, a bias (ldi = 0), or null for zero
+  //   init  what is added last: y itself to accumulate, a bias (ldi = 0), or null for nothing.  Last
+  //         and not first, as the many small terms lose less against each other than against it.
   //   entry which panel entries; null means 0..n in order
   template <int kTokens, int kWidth>
   static MOELORA_INLINE void tile(int n, const int32_t* entry, const word* h, int64_t ldh,
                                   const A* panel, const T* init, int64_t ldi, T* y, int64_t ldy) {
-    vec<A> sums[kTokens][kWidth];
-    MOELORA_UNROLL
-    for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
-      for (int v = 0; v < kWidth; ++v)
-        sums[i][v] = init ? load(init + i * ldi + v * kLanes<A>) : vec<A>{};
+    vec<A> sums[kTokens][kWidth] = {};
     for (int p = 0; p < n; ++p) {
       const A* row = panel + static_cast<int64_t>(entry ? entry[p] : p) * kEntry;
       MOELORA_UNROLL
@@ -58,20 +55,20 @@ struct WidePanel {
     }
     MOELORA_UNROLL
     for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
-      for (int v = 0; v < kWidth; ++v) store(y + i * ldy + v * kLanes<A>, sums[i][v]);
+      for (int v = 0; v < kWidth; ++v) {
+        if (init) sums[i][v] = sums[i][v] + load(init + i * ldi + v * kLanes<A>);
+        store(y + i * ldy + v * kLanes<A>, sums[i][v]);
+      }
   }
   // Offset of a register column group inside an entry.
   static constexpr int64_t group(int vector) { return vector * kLanes<A>; }
 
   // One token whose rows come in `segments` of n entries, each multiplied by a mask before it
   // joins:
-  //   y = init + Σ_g mask[g] ⊙ Σ_p h[g, p] panel[entry[g, p]]
+  //   y = Σ_g mask[g] ⊙ Σ_p h[g, p] panel[entry[g, p]] + init
   static MOELORA_INLINE void masked_tile(int segments, int n, const int32_t* entry, const word* h,
                                          const A* panel, const A* mask, const T* init, T* y) {
-    vec<A> sums[kVectors];
-    MOELORA_UNROLL
-    for (int v = 0; v < kVectors; ++v)
-      sums[v] = init ? load(init + group(v)) : vec<A>{};
+    vec<A> sums[kVectors] = {};
     for (int g = 0; g < segments; ++g, entry += n, h += n, mask += kColumns) {
       vec<A> part[kVectors] = {};
       for (int p = 0; p < n; ++p) {
@@ -85,8 +82,10 @@ struct WidePanel {
         sums[v] = sums[v] + part[v] * load(mask + group(v));
     }
     MOELORA_UNROLL
-    for (int v = 0; v < kVectors; ++v)
+    for (int v = 0; v < kVectors; ++v) {
+      if (init) sums[v] = sums[v] + load(init + group(v));
       store(y + group(v), sums[v]);
+    }
   }
 };
 
@@ -154,15 +153,7 @@ struct PairPanel {
   static MOELORA_INLINE void tile(int n, const int32_t* entry, const word* h, int64_t ldh,
                                   const BFloat16* panel, const BFloat16* init, int64_t ldi,
                                   BFloat16* y, int64_t ldy) {
-    __m512 low[kTokens][kWidth], high[kTokens][kWidth];
-    const __m512i zero = _mm512_setzero_si512();
-    MOELORA_UNROLL
-    for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
-      for (int v = 0; v < kWidth; ++v) {
-        const __m512i q = init ? _mm512_loadu_si512(init + i * ldi + 32 * v) : zero;
-        low[i][v] = (__m512)_mm512_unpacklo_epi16(zero, q);
-        high[i][v] = (__m512)_mm512_unpackhi_epi16(zero, q);
-      }
+    __m512 low[kTokens][kWidth] = {}, high[kTokens][kWidth] = {};
     for (int p = 0; p < n; ++p) {
       const BFloat16* row = panel + static_cast<int64_t>(entry ? entry[p] : p) * kEntry;
       MOELORA_UNROLL
@@ -180,7 +171,15 @@ struct PairPanel {
     }
     MOELORA_UNROLL
     for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
-      for (int v = 0; v < kWidth; ++v) store_unpacked(y + i * ldy + 32 * v, low[i][v], high[i][v]);
+      for (int v = 0; v < kWidth; ++v) {
+        if (init) {
+          const __m512i q = _mm512_loadu_si512(init + i * ldi + 32 * v);
+          const __m512i zero = _mm512_setzero_si512();
+          low[i][v] = low[i][v] + (__m512)_mm512_unpacklo_epi16(zero, q);
+          high[i][v] = high[i][v] + (__m512)_mm512_unpackhi_epi16(zero, q);
+        }
+        store_unpacked(y + i * ldy + 32 * v, low[i][v], high[i][v]);
+      }
   }
 };
 

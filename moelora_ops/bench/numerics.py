@@ -12,6 +12,10 @@ from torch import Tensor, nn
 FORWARD, TRAIN = "forward", "train"
 
 
+# Below as many numbers the error of a quantity is itself a matter of chance: gradients of scalars.
+_FEW = 64
+
+
 class NumericsError(AssertionError):
     """An implementation exceeds its error budget."""
 
@@ -93,7 +97,8 @@ def check_numerics(
         got: its output and gradients, from :func:`run`.
         plain: those of the plain implementation in the same dtype.
         want: those of the float64 reference.
-        factor: how many times the error of `plain` is allowed.
+        factor: how many times the error of `plain` is allowed; four times that for quantities of
+            fewer than 64 numbers.
 
     Returns:
         The error of each quantity.
@@ -111,7 +116,9 @@ def check_numerics(
             wrong.append(f"{key}: wanted {dtype}, got {got[key].dtype}")
             continue
         errors[key] = error(got[key], expected)
-        limit = budget(error(plain[key], expected), dtype, factor)
+        # The errors of a few numbers say little about their size: plain may have been lucky.
+        few = 4 if expected.numel() < _FEW else 1
+        limit = budget(error(plain[key], expected), dtype, few * factor)
         wrong += [
             f"{key}: {kind} error {e:.2e} beyond {at_most:.2e}"
             for kind, e, at_most in zip(Error._fields, errors[key], limit, strict=True)

@@ -1,4 +1,4 @@
-"""Experts whose factors are averaged, as a stateless function: Polytropon, MHR, OrchMoE's average."""
+"""Experts whose factors are averaged: Polytropon, MHR and OrchMoE's average, stateless."""
 
 from torch import Tensor
 

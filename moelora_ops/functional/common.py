@@ -82,7 +82,7 @@ def check_tensors(
     base_output: Tensor | None,
     *others: tuple[str, Tensor, Sequence[int]],
 ) -> None:
-    """The frozen linear's arguments and `others`, (name, tensor, shape): in x's dtype and device."""
+    """The frozen linear's arguments and `others` (name, tensor, shape) are like x."""
     wanted = list(others)
     if base_output is None:
         wanted.append(("weight", weight, (out_features, x.shape[-1])))
@@ -155,7 +155,7 @@ def shape(t: Any) -> str:
     return str(list(t.shape)) if isinstance(t, Tensor) else type(t).__name__
 
 
-# ---------------------------------------------------------------- weights per token, sequence or row
+# ---------------------------------------------------------------- weights per token or row
 
 
 class Weights(NamedTuple):
@@ -257,7 +257,7 @@ def run_mixture(
     out_features: int,
     *arguments,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Run a mixture of ``autograd.py`` on validated arguments; its first result is y ``[..., N]``."""
+    """Run a mixture of ``autograd.py`` on validated arguments; it returns y ``[..., N]`` first."""
     # The kernels walk rows: a contiguous x goes as it is, sparing a view on either side.
     rows = x
     if not x.is_contiguous():
