@@ -25,7 +25,7 @@ ARROWS = {
     "functional": {"autograd", "backends", "ops", "reference"},
     "balance": {"depth", "functional", "reference"},
     "intuition": {"companions", "reference"},
-    "nn": {"balance", "companions", "functional", "intuition", "reference"},
+    "nn": {"balance", "companions", "depth", "functional", "intuition", "reference"},
     "prompts": {"companions", "reference"},
     "integrations": {"nn"},
     "configs": {

@@ -4,6 +4,7 @@ from .gated import GATED
 from .mola import MOLA
 from .mole import MOLE
 from .mor1e import MOR1E
+from .orchmoe import ORCHMOE
 from .pemt import PEMT
 
-METHODS = {method.name: method for method in (MOLA, MOLE, MOR1E, GATED, PEMT)}
+METHODS = {method.name: method for method in (MOLA, MOLE, MOR1E, ORCHMOE, GATED, PEMT)}
