@@ -39,7 +39,9 @@ def intuition(
 
     Limits: a layer that is compiled *and* called by a checkpoint outside of every module of `model`
     is recomputed without scores.  Eager layers under such a checkpoint in the reentrant mode
-    remember the last forward call only, and on a GPU they raise an error.
+    remember the last forward call only, and on a GPU they raise an error.  Where layers are
+    compiled inside checkpoints, or are reference layers, a call without scores that shares a
+    backward pass with a call with scores needs a block too, of None.
 
     Args:
         model: holds MoR1E layers, fused or reference.

@@ -371,22 +371,41 @@ def test_checkpoints_outside_of_every_module(reentrant):
     assert_equal([p.grad for p in models.adapter_parameters(model)], wanted((X, A)))
 
 
-def test_a_thread_that_cannot_know_the_scores_says_so():
-    """As the threads of a GPU's backward pass: they never ran the forward call."""
-    model, errors = make_model(True), []
-    with moelora_ops.intuition(model, A):
-        hidden = model.run(X)
+def in_another_thread(call):
+    """Run `call` where no forward call ran, as a GPU's backward pass does; returns its error."""
+    errors = []
 
-    def backward():
+    def work():
         try:
-            hidden.sum().backward()
+            call()
         except RuntimeError as error:
             errors.append(str(error))
 
-    thread = threading.Thread(target=backward)
+    thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert "use_reentrant=False" in errors[0]
+    return errors
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_pass_in_another_thread(reentrant):
+    model = make_model(reentrant)
+    with moelora_ops.intuition(model, A):
+        total = loss_of(model, X)
+    with moelora_ops.intuition(model, None):
+        total = total + loss_of(model, Y)
+    with moelora_ops.intuition(model, B):
+        total = total + loss_of(model, X + Y)
+        assert in_another_thread(total.backward) == []
+    want = wanted((X, A), (Y, None), (X + Y, B))
+    assert_equal([p.grad for p in models.adapter_parameters(model)], want)
+
+
+def test_a_thread_that_cannot_know_the_scores_says_so():
+    model = make_model(True)
+    with moelora_ops.intuition(model, A):
+        hidden = model.run(X)
+    assert "use_reentrant=False" in in_another_thread(hidden.sum().backward)[0]
 
 
 def test_a_failed_backward_leaves_no_scores_behind():
@@ -432,10 +451,15 @@ def test_threads_have_scores_of_their_own():
 def test_compiled_around_everything(reentrant):
     model = make_model(reentrant)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for scores in (A, B, None):  # other scores are other inputs, not other graphs
-        with moelora_ops.intuition(compiled, scores):
+    want = {scores: wanted((X, scores)) for scores in (A, B, None)}
+    for i, scores in enumerate((A, None, B, A, None)):
+        with (
+            # Other scores are other inputs, not other graphs.
+            torch._dynamo.config.patch(error_on_recompile=i > 1),
+            moelora_ops.intuition(compiled, scores),
+        ):
             loss = loss_of(compiled, X)
-        assert_equal(gradients(model, loss), wanted((X, scores)))
+        assert_equal(gradients(model, loss), want[scores])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
