@@ -57,7 +57,7 @@ def by_token(inputs, rows, splits):
 
 
 def closed_forms(inputs, rows, splits, dy):
-    """The gradients of docs/math.md, section 12, summed token by token."""
+    """The gradients of docs/math.md (the averaged mix), summed token by token."""
     x, weight, _, down, up, w = (t.detach().numpy() for t in inputs.values())
     dy, x, w = dy.numpy().reshape(-1, N), x.reshape(-1, K), w.reshape(-1, splits, E)
     _, hidden = by_token(inputs, rows, splits)
