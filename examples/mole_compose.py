@@ -50,7 +50,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
 
-    model, tokenizer = load_model(torch.float32), load_tokenizer()
+    model, tokenizer = load_model(getattr(torch, args.dtype)), load_tokenizer()
     pad = tokenizer.pad_token_id
     chosen = {task: tasks.TASKS[task] for task in args.tasks}
     training, held_out = tasks.make_mixture(
@@ -103,6 +103,7 @@ def parse_arguments() -> argparse.Namespace:
         "--gates", choices=("matrix", "layer", "block", "network"), default="matrix"
     )
     parser.add_argument("--granularity", choices=("token", "sequence"), default="token")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--train-per-task", type=int, default=120, help="questions for each LoRA")
     parser.add_argument("--few", type=int, default=24, help="of these, for the gates")
     parser.add_argument("--held-out-per-task", type=int, default=24)
@@ -236,8 +237,8 @@ def write_report(args, scores, use, losses, model, few) -> None:
         f"what is not trained on the mix is {best!r} with {untrained[best].loss:.2f}.",
     ]
     machine = (
-        f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, "
-        f"moelora_ops {moelora_ops.__version__}"
+        f"{args.dtype}, {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"torch {torch.__version__}, moelora_ops {moelora_ops.__version__}"
     )
     console.print(report.rich_table("", header, rows), *findings, sep="\n", highlight=False)
     lines = ["# LoRAs of SmolLM2-135M composed with MoLE", "", report.markdown_table(header, rows)]

@@ -4,6 +4,7 @@ gates that are shared, masks, padding, the balance loss, whole models, the block
 import copy
 import io
 import itertools
+import json
 import math
 
 import numpy
@@ -18,7 +19,7 @@ from moelora_ops.backends import extension
 from moelora_ops.bench import METHODS
 from moelora_ops.bench.mole import MoLECase, StackedMoLELinear
 from moelora_ops.bench.runner import Settings, prepare
-from moelora_ops.nn import MoLEBlock, MoLELinear, SharedGate, stack_loras, unstack_loras
+from moelora_ops.nn import LoRA, MoLEBlock, MoLELinear, SharedGate, stack_loras, unstack_loras
 
 BACKENDS = ["reference", *([] if extension.why_missing() else ["cpu"])]
 NORMALIZATIONS = ("l2", "l2_per_expert", "layernorm", "none")
@@ -171,6 +172,65 @@ def test_the_references_gradients_are_finite_differences(normalization, granular
             sides.append(loss(*moved))
         want = (sides[0] - sides[1]) / (2 * step)
         torch.testing.assert_close((gradient * along).sum(), want, rtol=1e-6, atol=1e-8)
+
+
+def closed_forms(layer, x, dy):
+    """Gradients of x, gate and log τ in rank space: docs/math.md, "MoLE", in numpy."""
+    E, N = layer.num_experts, layer.out_features
+    A, B, e = (t.detach().numpy() for t in (layer.lora_down, layer.lora_up, layer.gate))
+    s, tau, kind = layer.scales, math.exp(layer.log_tau.item()), layer.normalization
+    P = [s[i] * B[i] @ e[i] for i in range(E)]
+    m = [s[i] * B[i].mean(1) for i in range(E)]
+    centered = [s[i] * B[i].T - (m[i] if kind == "layernorm" else 0) for i in range(E)]
+    R = [numpy.linalg.qr(columns, mode="r") for columns in centered]
+    c = e.sum((0, 1))
+    dx, de, dlog_tau = numpy.zeros(x.shape), numpy.zeros(e.shape), 0.0
+    for t, (token, incoming) in enumerate(zip(x.numpy(), dy.numpy(), strict=True)):
+        h = [A[i] @ token for i in range(E)]
+        norms = [numpy.linalg.norm(R[i] @ h[i]) for i in range(E)]
+        means = [m[i] @ h[i] for i in range(E)]
+        mean = sum(means) / E
+        if kind == "none":
+            nu = [1.0] * E
+        elif kind == "l2":
+            nu = [math.sqrt(sum(n**2 for n in norms))] * E
+        elif kind == "l2_per_expert":
+            nu = norms
+        else:
+            spread = sum((mu - mean) ** 2 for mu in means) / E
+            nu = [math.sqrt(sum(n**2 for n in norms) / (E * N) + spread + 1e-5)] * E
+        parts = [h[i] @ P[i] / nu[i] for i in range(E)]
+        epsilon = sum(parts) - (mean * c / nu[0] if kind == "layernorm" else 0)
+        powers = numpy.exp(epsilon / tau)
+        g = powers / powers.sum()
+        d = [s[i] * B[i] @ incoming for i in range(E)]
+        dg = numpy.array([d[i] @ h[i] for i in range(E)])
+        dz = g * (dg - g @ dg)
+        delta = dz / tau
+        dlog_tau -= dz @ epsilon / tau
+        dx[t] = incoming @ layer.base.weight.detach().numpy()
+        for i in range(E):
+            de[i] += s[i] * B[i].T @ numpy.outer(h[i] / nu[i], delta)
+            dh = g[i] * d[i] + P[i] @ delta / nu[i]
+            image = R[i].T @ R[i] @ h[i]
+            if kind == "layernorm":
+                de[i] -= mean / nu[i] * delta
+                dh -= c @ delta * m[i] / (E * nu[i])
+                image = image / N + (means[i] - mean) * m[i]
+                dh -= epsilon @ delta * image / (E * nu[i] ** 2)
+            elif kind != "none":
+                along = epsilon if kind == "l2" else parts[i]
+                dh -= along @ delta * image / nu[i] ** 2
+            dx[t] += dh @ A[i]
+    return [torch.tensor(t) for t in (dx, de)] + [torch.tensor(dlog_tau)]
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_the_references_gradients_are_the_closed_forms(normalization):
+    layer = make_layer(reference.MoLELinear, normalization=normalization)
+    x, dy = make_input(6).requires_grad_(), torch.randn(6, 5, dtype=torch.float64)
+    got = torch.autograd.grad(layer(x), [x, layer.gate, layer.log_tau], dy)
+    assert_all_close(got, closed_forms(layer, x.detach(), dy))
 
 
 def test_the_gate_learns_only_in_the_column_space_of_b():
@@ -342,6 +402,8 @@ def test_what_is_kept_follows_every_change(backend):
     check()
     layer.gate = nn.Parameter(torch.randn_like(layer.gate))
     check()
+    layer.lora_up = torch.randn_like(layer.lora_up)
+    check()
     layer.load_state_dict(make_layer(mask=WITHOUT).state_dict())
     check()
     x = x.float()
@@ -387,8 +449,12 @@ def test_copies_and_pickles_after_a_call():
 def test_16_bits_and_autocast(dtype, backend):
     exact, x = make_layer(), make_input(2, 6)
     want = exact(x)
-    low = make_layer().to(dtype)
+    low = make_layer(dtype=dtype)
+    assert low.lora_up.dtype == dtype and low.gate.dtype == low.log_tau.dtype == torch.float32
+    with torch.no_grad():
+        low.gate.copy_(exact.gate)
     y = low(x.to(dtype))
+    torch.testing.assert_close(low.to(dtype)(x.to(dtype)), y, rtol=0.05, atol=0.1)
     assert y.dtype == dtype and low.routing.prob_sums.dtype == torch.float32
     torch.testing.assert_close(y.double(), want, rtol=0, atol=0.03 * want.abs().max().item())
     layer = make_layer().float()
@@ -1028,3 +1094,50 @@ def test_the_benchmarks_arithmetic():
 def test_the_baselines_refuse_what_they_do_not_compute():
     with pytest.raises(ValueError, match="l2 gates per token only"):
         StackedMoLELinear.of(make_layer(normalization="none"))
+
+
+# ---------------------------------------------------------------- example
+
+
+def test_the_example_on_a_tiny_model(monkeypatch, tmp_path, capsys):
+    helpers = pytest.importorskip("test_examples")  # puts the examples on the path
+    pytest.importorskip("safetensors")
+    import mole_compose as example
+
+    monkeypatch.setattr(example, "load_model", lambda dtype: helpers.tiny_llama().to(dtype))
+    monkeypatch.setattr(example, "load_tokenizer", helpers.CharTokenizer)
+    output = tmp_path / "new" / "out"
+    options = {
+        "steps": 3, "lora-steps": 2, "batch": 4, "few": 3, "train-per-task": 4,
+        "held-out-per-task": 2, "length": 400, "rank": 2, "output": output, "gates": "layer",
+    }  # fmt: skip
+    argv = ["example", *(word for k, v in options.items() for word in (f"--{k}", str(v)))]
+    monkeypatch.setattr("sys.argv", argv)
+    example.main()
+    results = json.loads((output / "report.json").read_text())
+    names = list(results["scores"])
+    assert names[0] == "frozen model" and names[-1] == "MoLE" and len(names) == 8
+    assert all(sum(weights) == pytest.approx(1) for weights in results["expert_use"].values())
+    assert len(results["gate_losses"]) == 3
+    assert (output / "compose.png").read_bytes().startswith(helpers.PNG)
+    assert "| average |" in (output / "report.md").read_text()
+    assert "MoLE" in capsys.readouterr().out
+
+
+def test_the_examples_compositions_are_what_they_say():
+    pytest.importorskip("test_examples")
+    import mole_compose as example
+
+    loras = [{"q": LoRA(*make_loras((2,), seed=i)[0][:2], 0.5 + i)} for i in range(3)]
+    x = make_input(4)
+    each = [l["q"].scale * x @ l["q"].A.T @ l["q"].B.T for l in loras]
+    made = example.compositions(loras, ["a", "b", "c"])
+    got = {}
+    for name, [adapter] in made.items():
+        lora = adapter["q"]
+        got[name] = lora.scale * x @ lora.A.T @ lora.B.T
+    torch.testing.assert_close(got["LoRA b"], each[1])
+    torch.testing.assert_close(got["average"], sum(each) / 3)
+    torch.testing.assert_close(got["sum"], sum(each))
+    same = example.compositions([loras[1]] * 3, ["a", "b", "c"])["merged factors"][0]["q"]
+    torch.testing.assert_close(same.scale * x @ same.A.T @ same.B.T, each[1])

@@ -39,7 +39,7 @@ class MoLEConfig(AdapterConfig):
         siblings: groups of names of linears that see the same input if they have the same parent.
         target_modules: ``"all-linear"``, every linear that an adapter adapts, or names to choose
             among these, compared with the end of the qualified name.
-        adapter_dtype: of experts and gates; None takes each base layer's.
+        adapter_dtype: of the experts; None takes each base layer's.  Gates are float32 at least.
 
     Raises:
         TypeError, ValueError: a field is out of range; the message names it.  What the adapters

@@ -56,7 +56,8 @@ class MoLELinear(AdapterLinear):
         compact: train P itself, ``[E, r, E]``, instead of the paper's e.  The same functions can be
             learned with far fewer numbers, but an optimiser moves differently in them: a variant
             of ours.  Not with ``"layernorm"``.
-        device, dtype: of experts and gate; by default those of the base.
+        device, dtype: of the experts; by default those of the base.  The gate is float32 at least:
+            in 16 bits its small steps would be lost (our choice).
 
     Parameters (if gated):
         gate: e of eq. 10, ``[E, out_features, E]``, or P if compact; zero, so that all experts have
@@ -118,6 +119,8 @@ class MoLELinear(AdapterLinear):
     def __setattr__(self, name: str, value) -> None:
         if name == "expert_mask":
             value = _expert_mask(value, self)
+        elif name in ("lora_up", "gate"):
+            self._forget()
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -230,7 +233,7 @@ class SharedGate(Companion):
         ranks: of each leader.
         num_experts: E.
         granularity, normalization, mask_mode, compact: see :class:`MoLELinear`.
-        device, dtype: of the parameters.
+        device, dtype: of the parameters, float32 at least.
 
     Parameters and buffers:
         gate: ``[E, Σ out_features, E]``, or ``[E, Σ ranks, E]`` if compact; zero.
@@ -351,7 +354,8 @@ class SharedGate(Companion):
             together = sequence_mean(together, self.sequence_mask)
         with reference.no_autocast(x.device.type):
             space = RankSpace(
-                self._projection(together.dtype), _tau(self), self._block_factors(),
+                self._projection(together.dtype), _tau(self).to(together.dtype),
+                self._block_factors(),
                 self.log_tau.new_ones(self.num_experts), self.expert_mask, self.normalization,
                 self.mask_mode == "input", sum(self.out_features),
             )  # fmt: skip
@@ -572,6 +576,7 @@ _GATE_STATE = ("gate", "log_tau", "expert_mask")
 
 
 def _new_gate(holder: nn.Module, width: int, num_experts: int, *, device, dtype) -> None:
+    dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
     like = {"device": device, "dtype": dtype}
     holder.gate = nn.Parameter(torch.zeros(num_experts, width, num_experts, **like))
     holder.log_tau = nn.Parameter(torch.zeros((), **like))

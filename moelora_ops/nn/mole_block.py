@@ -37,7 +37,7 @@ class MoLEBlock(nn.Module):
             own and no bias (eqs. 7-8; where it has no LoRA but others do: zero); ``"merged"``: in
             addition to their own (our variant).  Linears without any LoRA keep their weight (our
             choice).
-        device, dtype: of gate and experts; by default those of the block.
+        device, dtype: of the experts; by default those of the block.  The gate is float32 at least.
 
     Parameters:
         gate: e, ``[E, length, features, E]``; zero.
@@ -91,8 +91,9 @@ class MoLEBlock(nn.Module):
         self.normalization, self.experts = normalization, experts
         self._switched = tuple(switched.values())  # registered in the block
         shape = (self.num_experts, length, features, self.num_experts)
-        self.gate = nn.Parameter(torch.zeros(shape, **new))
-        self.log_tau = nn.Parameter(torch.zeros((), **new))
+        wide = new | {"dtype": torch.promote_types(new["dtype"], torch.float32)}
+        self.gate = nn.Parameter(torch.zeros(shape, **wide))
+        self.log_tau = nn.Parameter(torch.zeros((), **wide))
         self.sequence_mask: Tensor | None = None
         self.routing: Gating | None = None
         self.dprob_sums: Tensor | None = None  # see balance.record

@@ -217,9 +217,10 @@ class MoLELinear(LooksLikeBase, nn.Module):
         self.register_buffer("lora_up", up)
         if gated:
             width = self.rank if compact else self.out_features
-            gate = torch.zeros(self.num_experts, width, self.num_experts, **like)
-            self.gate = nn.Parameter(gate)
-            self.log_tau = nn.Parameter(torch.zeros((), **like))
+            wide = {"device": device, "dtype": torch.promote_types(down.dtype, torch.float32)}
+            gate = torch.zeros(self.num_experts, width, self.num_experts, **wide)
+            self.gate = nn.Parameter(gate)  # in 16 bits its small steps would be lost
+            self.log_tau = nn.Parameter(torch.zeros((), **wide))
             mask = torch.ones(self.num_experts, dtype=torch.bool, device=device)
             self.register_buffer("expert_mask", mask)
         self.shared_gate: tuple = ()
