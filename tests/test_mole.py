@@ -470,7 +470,7 @@ def test_16_bits_and_autocast(dtype, backend):
 
 
 @pytest.mark.parametrize("granularity", ("token", "sequence"))
-def test_compiles_fullgraph_with_dynamic_shapes(granularity, backend):
+def test_compiles_fullgraph_with_dynamic_shapes(granularity):
     layer = make_layer(granularity=granularity)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
