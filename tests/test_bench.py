@@ -293,6 +293,23 @@ def test_saved_bytes_by_hand(tiny):
     assert runner.saved_bytes(layer.base, x) == 0
 
 
+def test_peak_bytes_by_hand():
+    mib = 2**20
+    old = [torch.empty(8 * mib, dtype=torch.uint8)]
+
+    def step():
+        old.clear()  # freed first: no room that the step needs
+        a = torch.empty(3 * mib, dtype=torch.uint8)
+        del a
+        b = torch.empty(2 * mib, dtype=torch.uint8)
+        c = torch.empty(2 * mib, dtype=torch.uint8)
+        del b, c
+
+    kept = torch.empty(8 * mib, dtype=torch.uint8)  # from before: not counted
+    assert runner.peak_bytes(step) == 4 * mib
+    del kept
+
+
 def test_training_call_makes_fresh_gradients(tiny):
     layer, x, dy = tiny
     call = runner.make_call(layer, x, dy, "train")
@@ -368,7 +385,8 @@ def test_command_end_to_end(tmp_path, capsys):
         names |= {"stacked-16bit"} if case["dtype"] == "bf16" else set()
         assert case["variants"].keys() == names and case["rounds"] == 3
         assert all(v["min_ms"] > 0 for v in case["variants"].values())
-        assert ("saved_bytes" in case["variants"]["ours"]) == (case["direction"] == "train")
+        for key in ("saved_bytes", "peak_bytes"):
+            assert (key in case["variants"]["ours"]) == (case["direction"] == "train")
         assert case["variants"]["ours"]["errors"]["y"]["rms"] > 0
         assert "stacked-compiled" in case["skipped"]
     assert cases[3]["variants"]["base"]["saved_bytes"] == 0

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moelora_ops
 from moelora_ops import backends, reference
+from moelora_ops.bench import runner
+from moelora_ops.bench.gated import GATED, GatedCase
 from moelora_ops.bench.numerics import check_numerics
+from moelora_ops.bench.pemt import PEMT, PEMTCase
 from moelora_ops.nn import PEMTAdapter, PEMTLinear, PEMTSourceLinear
 from moelora_ops.nn.pemt import expert_cosines, triangular_factors
 
@@ -471,6 +475,57 @@ def test_autocast():
     for name in want:
         error = (got[name].float() - want[name]).norm() / want[name].norm()
         assert error < 0.05, name
+
+
+# The benchmark, and what it says about memory.
+
+TINY_CASES = [
+    (GATED, GatedCase("tiny", "fp64", 12, 10, 8, 3, 4)),
+    (GATED, GatedCase("tiny", "fp32", 256, 10, 8, 3, 4, trained=True)),
+    (PEMT, PEMTCase("tiny", "fp64", 24, 10, 8, 3, 4, 4)),
+    (PEMT, PEMTCase("tiny", "bf16", 256, 64, 48, 3, 8, 4)),
+]
+
+
+@pytest.mark.parametrize("direction", ["forward", "train"])
+@pytest.mark.parametrize(("method", "case"), TINY_CASES, ids=lambda v: f"{v.name}-{v}"[:30])
+def test_benchmark_competes_on_the_same_function(method, case, direction):
+    """Every variant keeps to its error budget, or this raises."""
+    ready = runner.prepare(method, case, direction, runner.Settings(compile=False))
+    assert list(ready.layers) == ["base", "stacked", "expert-loop", "ours"]
+    assert all(("dx" in errors) == (direction == "train") for errors in ready.errors.values())
+    assert runner.saved_bytes(ready.layers["ours"], ready.x) <= method.memory_target(case)
+
+
+def test_benchmark_floors_by_hand():
+    gated = GatedCase("c", "fp32", 1, in_features=30, out_features=20, experts=2, rank=3)
+    assert GATED.floors(gated, "forward").dense == pytest.approx(6 * 50 / 600)
+    assert GATED.floors(gated, "train").dense == pytest.approx(2 * 6 * 50 / 1200)
+    trained = replace(gated, trained=True)
+    assert GATED.floors(trained, "train").dense == pytest.approx(3 * 6 * 50 / 1200)
+    pemt = PEMTCase("c", "fp32", 1, 30, 20, experts=2, rank=3, bottleneck=5)
+    assert PEMT.floors(pemt, "forward").dense == pytest.approx((6 * 50 + 2 * 5 * 20) / 600)
+    loss = 2 * 6 * (20 + 3)
+    want = (2 * 6 * 50 + 6 * 5 * 20 + loss) / 1200
+    assert PEMT.floors(pemt, "train").dense == pytest.approx(want)
+
+
+def test_a_step_needs_ten_times_less_memory_than_the_authors_form():
+    """At E = 6, r = 64, N = 768, beside what the frozen linear and the adapter need.
+
+    With more tokens the ratio grows: some scratch is of a fixed number of tokens.
+    """
+    step, x, dy = PEMT.make_inputs(PEMTCase("c", "fp32", 1024, in_features=64), 0)
+    rivals = {v.name: v.build(None, step) for v in PEMT.variants if not v.compiled}
+    rivals["neither"] = nn.Sequential(step.base, step.layer.adapter)
+    peaks = {}
+    for name in ("neither", "expert-loop", "ours"):
+        call = runner.make_call(rivals[name], x, dy, "train")
+        call()
+        peaks[name] = runner.peak_bytes(call)
+    extra = {name: peaks[name] - peaks["neither"] for name in ("expert-loop", "ours")}
+    assert extra["ours"] > 1024 * 6 * 64 * 4  # the hidden of every expert
+    assert extra["expert-loop"] >= 10 * extra["ours"]
 
 
 # Bad input.

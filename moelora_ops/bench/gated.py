@@ -77,7 +77,8 @@ class GatedLinear(AdapterLinear):
         self.lora_up = self._new_parameter(experts, rank, self.out_features)
         self.lora_down.requires_grad_(trained)
         self.lora_up.requires_grad_(trained)
-        self.weights = nn.Parameter(torch.empty(batch, experts, dtype=torch.float32))
+        wide = torch.promote_types(self.lora_down.dtype, torch.float32)
+        self.weights = nn.Parameter(torch.empty(batch, experts, dtype=wide))
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[batch, length, K]`` to y ``[batch, length, N]``."""

@@ -20,7 +20,8 @@ EXPLANATION = (
     "overhead = layer / frozen base - 1: median of the ratios inside each round, and of the fastest"
     " calls; tax = layer / base; x floor = overhead over the least arithmetic; saved = what"
     " autograd keeps for backward beyond x and the parameters, by saved_tensors_hooks, distinct"
-    " storages; 16bit = router logits rounded to x's dtype"
+    " storages; peak = most tensor memory in use during a step, beyond what was before; 16bit ="
+    " router logits rounded to x's dtype"
 )
 _HEADERS = (
     "variant",
@@ -31,6 +32,7 @@ _HEADERS = (
     "tax",
     "x floor",
     "saved KiB",
+    "peak KiB",
 )
 
 
@@ -106,14 +108,16 @@ def _note(record: dict) -> str:
 def _rows(record: dict) -> list[list[str]]:
     rows = []
     for name, v in record["variants"].items():
-        saved = f"{v['saved_bytes'] / 1024:.0f}" if "saved_bytes" in v else "-"
+        memory = [
+            f"{v[key] / 1024:.0f}" if key in v else "-" for key in ("saved_bytes", "peak_bytes")
+        ]
         row = [name, f"{v['median_ms']:.3f}", f"{v['min_ms']:.3f}"]
         if name == BASE:
             row += ["-"] * 4
         else:
             row += [f"{v['overhead']:+.1%}", f"{v['overhead_of_minima']:+.1%}"]
             row += [f"{v['tax']:.3f}", f"{v['times_floor']:.1f}"]
-        rows.append([*row, saved])
+        rows.append([*row, *memory])
     return rows
 
 

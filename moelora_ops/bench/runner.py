@@ -150,6 +150,24 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most that tensor memory grows by during `call`, after whatever it frees at first.
+
+    Counted from torch's own allocations on the CPU: outputs, gradients, what is saved, scratch;
+    not what a library allocates by itself.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    in_use = least = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        in_use += event.nbytes()
+        least = min(least, in_use)
+        peak = max(peak, in_use - least)
+    return peak
+
+
 def time_rounds(
     calls: dict[str, Callable[[], None]],
     settings: Settings,
@@ -229,8 +247,9 @@ def run_case(
 
     Returns:
         A record for json: the case, its floors, and per variant what :func:`summarize` says, the
-        bytes saved for backward (training only) and the errors; or ``refused``, with no figure at
-        all, if a variant is wrong or there are no inputs to check it on.
+        bytes saved for backward and those at the peak of a step (training only) and the errors; or
+        ``refused``, with no figure at all, if a variant is wrong or there are no inputs to check it
+        on.
     """
     dtype = DTYPES[case.dtype]
     floors = method.floors(case, direction)
@@ -255,6 +274,7 @@ def run_case(
     for name, layer in ready.layers.items():
         if direction == TRAIN:
             variants[name]["saved_bytes"] = saved_bytes(layer, ready.x)
+            variants[name]["peak_bytes"] = peak_bytes(calls[name])
         if name in ready.errors:
             variants[name]["errors"] = {k: e._asdict() for k, e in ready.errors[name].items()}
     return record | {
