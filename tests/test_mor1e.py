@@ -236,7 +236,7 @@ class Toy(nn.Module):
     def __init__(self, mode=None):
         super().__init__()
         self.embed = nn.Linear(7, 7)
-        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.layers = nn.ModuleList(Block() for _ in range(2))
         self.mode = mode
 
     def run(self, x):
@@ -447,10 +447,17 @@ def test_threads_have_scores_of_their_own():
     assert got.keys() == want.keys()
 
 
-@pytest.mark.parametrize("reentrant", [None, False])
-def test_compiled_around_everything(reentrant):
+@pytest.fixture
+def compiling(backend):
+    """Once is enough for what the back ends share, and compiling is slow."""
+    if backend != BACKENDS[-1]:
+        pytest.skip(f"compiled with {BACKENDS[-1]}")
+
+
+@pytest.mark.parametrize(("reentrant", "how"), [(None, "eager"), (False, "aot_eager")])
+def test_compiled_around_everything(compiling, reentrant, how):
     model = make_model(reentrant)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=how)
     want = {scores: wanted((X, scores)) for scores in (A, B, None)}
     for i, scores in enumerate((A, None, B, A, None)):
         with (
@@ -463,10 +470,10 @@ def test_compiled_around_everything(reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_compiled_inside_checkpoints(reentrant):
+def test_compiled_inside_checkpoints(compiling, reentrant):
     model = make_model(reentrant)
     for block in model.layers:
-        block.compile(backend="aot_eager")
+        block.compile(backend="eager")
     for scores in (A, B, None):
         with moelora_ops.intuition(model, scores):
             loss = loss_of(model, X)
@@ -654,7 +661,7 @@ def test_centroids_are_saved_with_the_adapter(tmp_path, implementation, learned)
     assert torch.equal(*losses)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert ("moelora_companions.encoder.map" in trainable) == learned
-    assert len(trainable) == 30 + learned
+    assert len(trainable) == 20 + learned
 
 
 def test_other_centroids_do_not_fit(tmp_path):
