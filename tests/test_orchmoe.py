@@ -175,6 +175,16 @@ def test_one_hot_probabilities_are_ids(backend):
         torch.testing.assert_close(layer(x, one_hot[:, None].expand(-1, 5, -1)), layer(x, ids))
 
 
+def test_tokens_may_be_flat_with_tasks_per_token(backend):
+    layer = make_layer("average").eval()
+    x, tasks = torch.randn(3, 5, K, dtype=torch.float64), make_tasks("token")
+    want = layer(x, tasks)
+    torch.testing.assert_close(layer(x.flatten(0, 1), tasks).view_as(want), want)
+    torch.testing.assert_close(layer(x[:, 0], tasks[:, 0]), want[:, 0])
+    with pytest.raises(ValueError, match=r"tasks: wanted one per sequence .*\[15, 12\], got \[3\]"):
+        layer(x.flatten(0, 1), tasks[:, 0])
+
+
 def test_one_hot_weights_are_that_lora(backend):
     x = torch.randn(3, 5, K, dtype=torch.float64)
     for kind in ("sum", "average", "polytropon", "c-poly"):
@@ -642,6 +652,51 @@ def test_padding_is_left_out_of_a_model_by_its_attention_mask(attention):
         four = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
         with pytest.raises(ValueError, match=r"attention_mask: wanted \[batch, length\] somewhere"):
             model(IDS[:1], attention_mask=four)
+
+
+@pytest.mark.parametrize("share", ("layer", "model"))
+def test_an_encoder_decoder_generates_what_its_full_forward_says(share):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+        decoder_start_token_id=0, eos_token_id=1, initializer_factor=4.0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).double().eval()
+    targets = ["SelfAttention.q", "SelfAttention.v", "wi", "wo"]
+    config = OrchMoEConfig(SKILLS, TASKS, RANK, share=share, target_modules=targets)
+    randomize(moelora_ops.apply(model, config))
+    routers = model.moelora_companions["task_routers"]
+    assert len(routers.places) == (4 if share == "layer" else 2)
+    inputs = {"input_ids": IDS + 2 * (IDS < 2), "attention_mask": PADDED.flip(1)}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
+    # The decoder gets no mask of its own, and must not take the encoder's, of another length.
+    with torch.no_grad():
+        full = model(**inputs, decoder_input_ids=out.sequences, use_cache=False).logits
+    torch.testing.assert_close(torch.stack(out.logits, 1), full[:, :-1].float())
+
+
+def test_flat_tokens_of_opt_and_masks_of_bert():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.OPTConfig(
+        ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64, **sizes
+    )
+    opt = transformers.OPTForCausalLM(config).eval()
+    config = OrchMoEConfig(SKILLS, TASKS, RANK, target_modules=["q_proj", "fc1"])
+    randomize(moelora_ops.apply(opt, config))
+    with torch.no_grad():
+        short = opt(IDS[:, :7]).logits
+        torch.testing.assert_close(opt(IDS).logits[:, :7], short)
+    config = transformers.BertConfig(intermediate_size=24, **sizes)
+    bert = transformers.BertForSequenceClassification(config).eval()
+    config = OrchMoEConfig(SKILLS, TASKS, RANK, attention="sequence", target_modules=["query"])
+    randomize(moelora_ops.apply(bert, config))
+    mask = torch.ones_like(IDS)
+    mask[:, 7:] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(bert(IDS, mask).logits, bert(IDS[:, :7]).logits)
+        assert (bert(IDS).logits - bert(IDS, mask).logits).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("share", ("layer", "model"))

@@ -32,7 +32,8 @@ class OrchMoEConfig(AdapterConfig):
             the first (a decoder's embeddings).
         attention: what the router sees.  ``"causal"``: for each token what comes up to it, so that
             every token has tasks of its own, and generation with a cache agrees with a full
-            forward.  ``"prompt"``: for a whole sequence, its prompt; in training and wherever
+            forward; leave out linears that read other tokens than their layer's (k and v of
+            cross-attention).  ``"prompt"``: for a whole sequence, its prompt; in training and wherever
             answers follow say which tokens that is (:func:`moelora_ops.prompt_mask`); generation
             takes its first call.  ``"sequence"``, the quoted formula: for a whole sequence, all of
             it; right for encoders, while a decoder that learns to predict would be told the

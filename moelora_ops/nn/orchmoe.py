@@ -61,7 +61,8 @@ class _SkillLinear(AdapterLinear):
         """x ``[..., in_features]`` to y ``[..., out_features]``.
 
         Args:
-            x: ``[batch, length, in_features]``, or any leading shape with tasks per token.
+            x: ``[batch, length, in_features]``; or ``[batch * length, in_features]`` with tasks
+                per token, as some models flatten it; or ``[batch, in_features]``.
             tasks: whose skills to use; by default what the model's task router or
                 :func:`moelora_ops.task_ids` says.  Ids, integers ``[batch]``; or probabilities of
                 the tasks, ``[batch, num_tasks]`` or ``[batch, length, num_tasks]``.
@@ -81,8 +82,10 @@ class _SkillLinear(AdapterLinear):
                 tasks = self.tasks_from()
             else:
                 self._check_tasks(tasks)
-            self._check_batch(x, tasks)
+            is_flat = self._check_batch(x, tasks)
             weights = self.skill_weights(tasks)
+            if is_flat:
+                weights = weights.flatten(0, 1)
         elif tasks is not None:
             raise ValueError("weights: replaces tasks; pass either, not both")
         mix = functional.gated if self.combine == "sum" else functional.averaged
@@ -140,14 +143,18 @@ class _SkillLinear(AdapterLinear):
                 f"[batch, length, {self.num_tasks}], got {list(tasks.shape)}"
             )
 
-    def _check_batch(self, x: Tensor, tasks: Tensor) -> None:
+    def _check_batch(self, x: Tensor, tasks: Tensor) -> bool:
+        """Raise unless `tasks` fit x; returns whether x is flat while they are not."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x: wanted a tensor, got {type(x).__name__}")
         own = tasks.shape[: 1 if not tasks.is_floating_point() else -1]
+        if x.dim() == 2 and len(own) == 2 and len(x) == own.numel():
+            return True
         if x.dim() not in (2, 3) or x.shape[: len(own)] != own or len(own) > x.dim() - 1:
             raise ValueError(
                 f"tasks: wanted one per sequence or token of x {list(x.shape)}, got {list(own)}"
             )
+        return False
 
     @classmethod
     def from_reference(cls, layer: reference.OrchMoELinear | reference.PolytroponLinear):

@@ -30,6 +30,7 @@ from ..companions import Companion, companions_of
 from ..depth import numbered_layer
 
 ATTENTION = ("causal", "prompt", "sequence")
+_NO_ARGUMENT = "no argument"
 
 
 class TaskRouter(nn.Module):
@@ -159,7 +160,7 @@ class _Call:
 class _Masks(NamedTuple):
     """What a model was called with that its routers need: attention_mask, and the prompt."""
 
-    attention: Tensor | None
+    attention: Any  # _NO_ARGUMENT of a module that takes none
     prompt: Tensor | None
 
 
@@ -331,10 +332,10 @@ class TaskRouters(TaskSource):
     def _enter_holder(
         self, level: int, position: int | None, module: nn.Module, args: tuple, kwargs: dict
     ) -> None:
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask", _NO_ARGUMENT if position is None else None)
         if position is not None and position < len(args):
             mask = args[position]
-        self._calls[level] = _Masks(mask if isinstance(mask, Tensor) else None, self.prompt)
+        self._calls[level] = _Masks(mask, self.prompt)
 
     def _leave_holder(self, level: int, module: nn.Module, args: tuple, output: Any) -> None:
         call, self._calls[level] = self._calls[level], None
@@ -342,17 +343,28 @@ class TaskRouters(TaskSource):
             self._remember(level, call, output)
 
     def _masks(self) -> "list[_Masks]":
-        return [masks for masks in self._calls[len(self.places) :] if masks is not None]
+        """Innermost first."""
+        return [masks for masks in reversed(self._calls[len(self.places) :]) if masks is not None]
 
     def _padding(self) -> Tensor | None:
-        given = [masks.attention for masks in self._masks() if masks.attention is not None]
-        flat = [mask for mask in given if mask.dim() == 2]
-        if given and not flat:
-            raise ValueError(
-                "attention_mask: wanted [batch, length] somewhere on the way to the layers, so that"
-                f" the task router can leave out padding; got {list(given[-1].shape)}"
-            )
-        return flat[-1] if flat else None
+        """The innermost ``attention_mask``; None, no padding, if that module was given none.
+
+        What a model has made of its mask for its attention, of other shapes, is passed over.
+        """
+        passed_over = None
+        for masks in self._masks():
+            given = masks.attention
+            if given is None or (isinstance(given, Tensor) and given.dim() == 2):
+                return given
+            if given is not _NO_ARGUMENT:
+                passed_over = given
+        if passed_over is None:
+            return None
+        got = list(passed_over.shape) if isinstance(passed_over, Tensor) else type(passed_over)
+        raise ValueError(
+            "attention_mask: wanted [batch, length] somewhere on the way to the layers, so that "
+            f"the task router can leave out padding; got {got}"
+        )
 
     # ---- one forward call of a decoder layer, or of all of them ----
 
@@ -407,7 +419,7 @@ class TaskRouters(TaskSource):
 
     def _prompt_mask(self, x: Tensor, mask: Tensor | None, generating: bool) -> Tensor | None:
         around = self._masks()
-        given = around[-1].prompt if around else self.prompt
+        given = around[0].prompt if around else self.prompt
         if given is None:
             if generating:
                 return mask  # the first call with an empty cache has the prompt and nothing else

@@ -145,7 +145,10 @@ class _SkillLinear(LooksLikeBase, nn.Module):
         self, x: Tensor, tasks: Tensor | None = None, *, weights: Tensor | None = None
     ) -> Tensor:
         if weights is None:
-            weights = self._skill_weights(self.tasks_from() if tasks is None else tasks)
+            tasks = self.tasks_from() if tasks is None else tasks
+            weights = self._skill_weights(tasks)
+            if tasks.dim() == 3 and x.dim() == 2:  # tokens that the model has flattened
+                weights = weights.flatten(0, 1)
         arguments = (
             x, None, None, self.lora_down, self.lora_up, weights, self.alpha / self.rank
         )  # fmt: skip
