@@ -34,7 +34,9 @@ class MoLEConfig(AdapterConfig):
             encoder and a decoder have different tokens).  What the wider gates see is our choice:
             :class:`moelora_ops.nn.SharedGate`.  Their leaders are the first of the linears in the
             order of the model's modules, with its siblings.  Linears outside every stack, and
-            those without siblings at ``"layer"``, have gates of their own.
+            those without siblings at ``"layer"``, have gates of their own.  Keys and values of
+            cross-attention see other tokens than their block: leave them out (`target_modules`) at
+            ``"block"`` and ``"network"``.
         granularity, normalization, mask_mode, compact: see :class:`moelora_ops.nn.MoLELinear`.
         siblings: groups of names of linears that see the same input if they have the same parent.
         target_modules: ``"all-linear"``, every linear that an adapter adapts, or names to choose

@@ -34,8 +34,8 @@ class MoLELinear(AdapterLinear):
     """``y = base(x) + Σ_i g_i s_i B_i A_i x``, g from the experts' outputs, fused.
 
     With one expert g is 1 and the layer that LoRA.  The paper's equations gate whole transformer
-    blocks; this is the matrix-wise gate that it also names, the only one for which a single LoRA
-    is reproduced, and our default.  For gates that several linears share see :class:`SharedGate`,
+    blocks, where not even a single LoRA would come out as itself; this is the matrix-wise gate that
+    it also names (our default).  For gates that several linears share see :class:`SharedGate`,
     for the equations to the letter :class:`moelora_ops.nn.MoLEBlock`.
 
     Args:
@@ -381,18 +381,18 @@ class SharedGate(Companion):
     @torch.no_grad()
     def _block_factors(self) -> OutputFactors:
         """The factors of the one linear that the leaders are together, computed once."""
-        versions = tuple(_version(leader.lora_up) for leader in self._members)
+        parts = tuple(leader.derived() for leader in self._members)
         if self._factors is None or not (
-            torch.compiler.is_compiling() or self._factors[0] == versions
+            torch.compiler.is_compiling()
+            or all(old is new for old, new in zip(self._factors[0], parts, strict=True))
         ):
             scaled = [
-                leader.lora_up.to(leader.derived().scales.dtype)
-                * leader.derived().scales[:, None, None]
-                for leader in self._members
+                leader.lora_up.to(part.scales.dtype) * part.scales[:, None, None]
+                for leader, part in zip(self._members, parts, strict=True)
             ]
             blocks = torch.stack([torch.block_diag(*ups) for ups in zip(*scaled, strict=True)])
             centered = self.normalization == "layernorm"
-            self._factors = versions, output_factors(blocks, 1.0, centered)
+            self._factors = parts, output_factors(blocks, 1.0, centered)
         return self._factors[1]
 
     def literal_gates(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -445,7 +445,7 @@ class SharedGate(Companion):
 
     def _forget(self) -> None:
         self.gates: Tensor | None = None
-        self._factors: tuple[tuple[int, ...], OutputFactors] | None = None
+        self._factors: tuple[tuple[_Derived, ...], OutputFactors] | None = None
         self._input: Tensor | None = None
         self._recording = False
         self._hidden: dict[int, Tensor] = {}
