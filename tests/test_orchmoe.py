@@ -680,23 +680,23 @@ def test_flat_tokens_of_opt_and_masks_of_bert():
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.OPTConfig(
-        ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64, **sizes
+        ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64, init_std=0.5, **sizes
     )
-    opt = transformers.OPTForCausalLM(config).eval()
+    opt = transformers.OPTForCausalLM(config).double().eval()
     config = OrchMoEConfig(SKILLS, TASKS, RANK, target_modules=["q_proj", "fc1"])
     randomize(moelora_ops.apply(opt, config))
     with torch.no_grad():
         short = opt(IDS[:, :7]).logits
         torch.testing.assert_close(opt(IDS).logits[:, :7], short)
-    config = transformers.BertConfig(intermediate_size=24, **sizes)
-    bert = transformers.BertForSequenceClassification(config).eval()
+    config = transformers.BertConfig(intermediate_size=24, initializer_range=0.5, **sizes)
+    bert = transformers.BertForSequenceClassification(config).double().eval()
     config = OrchMoEConfig(SKILLS, TASKS, RANK, attention="sequence", target_modules=["query"])
     randomize(moelora_ops.apply(bert, config))
     mask = torch.ones_like(IDS)
     mask[:, 7:] = 0
     with torch.no_grad():
         torch.testing.assert_close(bert(IDS, mask).logits, bert(IDS[:, :7]).logits)
-        assert (bert(IDS).logits - bert(IDS, mask).logits).abs().max() > 1e-4
+        assert (bert(IDS).logits - bert(IDS, mask).logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("share", ("layer", "model"))
