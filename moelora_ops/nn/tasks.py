@@ -7,7 +7,9 @@ the backward of that call, where gradient checkpointing runs the layers once mor
     forward         the hook before the decoder layer sets the call; layers read it
     end of forward  the hook after it clears the call, and hooks the gradients of the outputs
     backward        those gradients are the first of the decoder layer; their hooks set the call
-    recomputation   the layers read the same tasks, noise and all, whatever ran in the meantime
+    recomputation   the layers read the same tasks, whatever ran in the meantime
+
+Noise is drawn by the layers from torch's generator, whose state checkpointing puts back.
 
 The reentrant mode runs a backward inside the backward, which would free the router's graph at the
 first layer.  Recomputed layers therefore read a leaf, and a node behind the decoder layer's input,
