@@ -220,6 +220,20 @@ def test_bfloat16_keeps_the_weights_wide_and_autocast_too(backend):
         assert layer.float()(torch.randn(3, 5, K), tasks).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("shape", ((0, 5), (3, 0)))
+def test_nothing_in_nothing_out(shape, backend):
+    x = torch.randn(*shape, K)
+    ids = torch.zeros(shape[0], dtype=torch.int32)
+    for kind in KINDS:
+        layer = make_layer(kind, torch.float32)
+        for tasks in (ids, torch.rand(shape[0], TASKS), torch.rand(*shape, TASKS)):
+            assert layer(x, tasks).shape == (*shape, N)
+    for causal in (False, True):
+        tasks = TaskRouter(K, TASKS, causal)(x, torch.ones(shape))
+        assert tasks.shape == ((*shape, TASKS) if causal else (shape[0], TASKS))
+        assert tasks.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "error, message, tasks",
     [
