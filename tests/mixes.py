@@ -159,7 +159,12 @@ def make_output_gate(size: Size, seed: int = 0, masked: str | None = None, **opt
     normal = _normal(size, seed)
     tensors = _linear(size, normal) | _experts(size, normal)
     # Logits of about unit variance, so that the softmax is neither flat nor saturated.
-    terms = {"l2": 1, "l2_per_expert": size.E, "layernorm": size.E * size.N, "none": size.E * size.N}
+    terms = {
+        "l2": 1,
+        "l2_per_expert": size.E,
+        "layernorm": size.E * size.N,
+        "none": size.E * size.N,
+    }
     scale = terms[options.get("normalization", "l2")] ** -0.5
     tensors["gate"] = normal(size.E, size.N, size.E, scale=scale)
     tensors["tau"] = torch.tensor([0.8])
@@ -193,8 +198,9 @@ MIXES = {
         "splits": {"splits": 2}, "splits-sequence": {"splits": 2, "rows": "sequence"},
     }),
     "grid": Mix(functional.mor1e, mor1e, make_grid, {
-        "token": {}, "sequence": {"rows": "sequence"}, "map": {"rows": "map"}, "bare": {"bare": True},
-        "rank1": {"mode": "rank1"}, "rank1-sequence": {"mode": "rank1", "rows": "sequence"},
+        "token": {}, "sequence": {"rows": "sequence"}, "map": {"rows": "map"},
+        "bare": {"bare": True}, "rank1": {"mode": "rank1"},
+        "rank1-sequence": {"mode": "rank1", "rows": "sequence"},
     }),
     "output_gate": Mix(functional.mole, mole, make_output_gate, {
         "l2": {"normalization": "l2"},
@@ -218,6 +224,10 @@ def cases() -> Iterator[tuple[str, str, Size]]:
         for variant, options in mix.variants.items():
             for size in SIZES:
                 if options.get("granularity") == "sequence" and len(size.lead) < 2:
+                    continue
+                # An output of rank 1 cannot turn, one of rank 2 hardly: what is left of the
+                # gradient of its direction is rounding.
+                if options.get("normalization") == "l2_per_expert" and size.r < 3:
                     continue
                 yield name, variant, size
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cases import DTYPES
 from mixes import MIXES, SIZES, Size, cases, make_inputs, run
 
 from moelora_ops import functional, ops, use_backend
@@ -32,10 +31,17 @@ def assert_within_budget(name, variant, size, dtype):
     numerics.check_numerics(f"cpu {name} {variant} {size}", *pooled)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(("name", "variant", "size"), CASES)
 def test_matches_reference(name, variant, size, dtype):
     assert_within_budget(name, variant, size, dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", MIXES)
+def test_the_other_dtypes_match_reference(name, size, dtype):
+    assert_within_budget(name, next(iter(MIXES[name].variants)), size, dtype)
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
@@ -82,9 +88,7 @@ def test_a_token_alone_has_the_bits_of_the_batch(name, variant, dtype):
     with use_backend("cpu"), torch.no_grad():
         whole = MIXES[name].function(**inputs.tensors, **inputs.options)
         for t in (0, 17, 149):
-            alone = {
-                n: v[t : t + 1] if n in per_token else v for n, v in inputs.tensors.items()
-            }
+            alone = {n: v[t : t + 1] if n in per_token else v for n, v in inputs.tensors.items()}
             assert torch.equal(MIXES[name].function(**alone, **inputs.options)[0], whole[t])
 
 
@@ -93,9 +97,7 @@ def _given_base(inputs):
     tensors = dict(inputs.tensors)
     weight, bias = tensors.pop("weight"), tensors.pop("bias")
     tensors["base_output"] = torch.nn.functional.linear(tensors["x"], weight, bias)
-    return inputs._replace(
-        tensors=tensors, options=inputs.options | {"weight": None, "bias": None}
-    )
+    return inputs._replace(tensors=tensors, options=inputs.options | {"weight": None, "bias": None})
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
@@ -138,9 +140,7 @@ def test_non_contiguous(name, variant):
             assert torch.equal(got, want), only
         # Batch second in memory.
         x = given.tensors["x"].transpose(0, 1).contiguous().transpose(0, 1)
-        assert torch.equal(
-            MIXES[name].function(**given.tensors | {"x": x}, **given.options), want
-        )
+        assert torch.equal(MIXES[name].function(**given.tensors | {"x": x}, **given.options), want)
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
@@ -201,8 +201,3 @@ def test_opcheck(name, operator_calls):
         torch.library.opcheck(
             getattr(ops, name), arguments, test_utils=("test_schema", "test_faketensor")
         )
-
-
-def test_every_size_is_used_by_every_mix():
-    for name in MIXES:
-        assert {c[2] for c in cases() if c[0] == name} == set(SIZES)

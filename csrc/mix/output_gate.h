@@ -135,8 +135,12 @@ MOELORA_HD void output_gate_forward_row(const OutputGate<A>& g, const A* hidden,
   normalize_row(g, hidden, normalized, inverse);
   A* logits = inverse;  // not needed again
   for (int n = 0; n < E; ++n) logits[n] = 0;
-  for (int c = 0; c < columns; ++c)
-    for (int n = 0; n < E; ++n) logits[n] += normalized[c] * g.projection[c * E + n];
+  for (int c = 0; c < columns;) {  // expert by expert: short sums err less
+    for (int n = 0; n < E; ++n) gates[n] = 0;
+    for (const int end = c + r < columns ? c + r : columns; c < end; ++c)
+      for (int n = 0; n < E; ++n) gates[n] += normalized[c] * g.projection[c * E + n];
+    for (int n = 0; n < E; ++n) logits[n] += gates[n];
+  }
   for (int n = 0; n < E; ++n)
     logits[n] = g.mask && !g.mask[n] ? -static_cast<A>(INFINITY) : logits[n] * g.inv_tau;
   softmax_row(logits, E, gates);
@@ -170,12 +174,10 @@ MOELORA_HD A output_gate_backward_row(const OutputGate<A>& g, const A* hidden, c
     dlogits[e] = 0;
   }
   softmax_backward_row(gates, dgate, E, dlogits);
-  // dτ = -Σ_n dz_n ε_n / τ² with z = ε / τ, over the experts that may be used.
+  // dτ = -Σ_n dz_n z_n / τ with z = ε / τ, which log g is up to a constant; Σ dz = 0 removes that.
   A dtau = 0;
   for (int n = 0; n < E; ++n) {
-    A epsilon = 0;
-    for (int c = 0; c < columns; ++c) epsilon += normalized[c] * g.projection[c * E + n];
-    dtau -= dlogits[n] * epsilon * g.inv_tau * g.inv_tau;
+    if (gates[n] > 0) dtau -= dlogits[n] * std::log(gates[n]) * g.inv_tau;
     dlogits[n] *= g.inv_tau;
   }
   // Through the product with P.

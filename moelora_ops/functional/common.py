@@ -187,14 +187,13 @@ def row_weights(
     check_floating(name, weights, x.device)
     columns = tuple(columns)
     leading, trailing = weights.shape[: -len(columns)], weights.shape[-len(columns) :]
-    sizes = ", ".join(map(str, columns))
     if trailing != columns:
-        raise ValueError(f"{name}: wanted last dimensions [{sizes}], got {shape(weights)}")
+        raise ValueError(f"{name}: wanted last dimensions {list(columns)}, got {shape(weights)}")
     if row_map is not None:
         check_row_map(row_map, x)
         if len(leading) != 1:
             raise ValueError(
-                f"{name}: wanted shape [rows, {sizes}], as row_map is given, got {shape(weights)}"
+                f"{name}: wanted one leading dimension, the rows of row_map, got {shape(weights)}"
             )
         if leading[0] == 0 and row_map.numel():
             raise ValueError(f"{name}: wanted at least one row for row_map, got {shape(weights)}")

@@ -42,14 +42,15 @@ def output_factors(
     """
     num_experts, rank, out_features = lora_up.shape
     scales = common.expert_scales(scale, num_experts, lora_up)
-    wide = lora_up.to(ops.accumulator_dtype(lora_up.dtype))
-    up = wide * (scales.view(-1, 1, 1) if isinstance(scales, Tensor) else scales)
+    # In float64, as an error here is the same for every token and does not average out.
+    up = lora_up.double() * (scales.view(-1, 1, 1) if isinstance(scales, Tensor) else scales)
     means = up.mean(-1, keepdim=True)
     if centered:
         up = up - means
     factors = up.new_zeros(num_experts, rank, rank)
     factors[:, : min(rank, out_features)] = torch.linalg.qr(up.mT, mode="r").R
-    return OutputFactors(factors, means.flatten() if centered else None)
+    wide = ops.accumulator_dtype(lora_up.dtype)
+    return OutputFactors(factors.to(wide), means.flatten().to(wide) if centered else None)
 
 
 def mole(
@@ -253,15 +254,19 @@ def gate_projection(
     unfed: Tensor | None,
 ) -> Tensor:
     """P ``[E * r, E]``: ``s_i B_iᵀ e_i``, and for a LayerNorm one more row, ``-Σ_i 1ᵀ e_i``."""
-    gate = gate.to(scales.dtype)
     if compact:
-        return gate.flatten(0, 1)
+        return gate.to(scales.dtype).flatten(0, 1)
+    # An error in P is the same for every token and does not average out; beside 16-bit experts it
+    # is nothing.
+    precise = torch.float32 if lora_up.dtype.itemsize < 4 else torch.float64
+    gate = gate.to(precise)
     if unfed is not None:
         gate = gate.masked_fill(unfed[:, None, None], 0)
-    rows = (torch.bmm(lora_up.to(scales.dtype), gate) * scales[:, None, None]).flatten(0, 1)
+    rows = torch.bmm(lora_up.to(precise), gate) * scales.to(precise)[:, None, None]
+    rows = rows.flatten(0, 1)
     if normalization == "layernorm":
         rows = torch.cat([rows, -gate.sum((0, 1)).unsqueeze(0)])
-    return rows
+    return rows.to(scales.dtype)
 
 
 def _mole_per_sequence(
