@@ -17,7 +17,7 @@ import moelora_ops
 from moelora_ops import OrchMoEConfig, PolytroponConfig, reference
 from moelora_ops.backends import extension
 from moelora_ops.models import adapter_parameters
-from moelora_ops.nn import OrchMoELinear, PolytroponLinear, TaskRouter
+from moelora_ops.nn import OrchMoELinear, PolytroponLinear, TaskRouter, TaskRouters
 
 BACKENDS = ["reference", *([] if extension.why_missing() else ["cpu"])]
 K, N, SKILLS, TASKS, RANK = 12, 18, 3, 4, 2
@@ -291,9 +291,9 @@ def test_bad_constructor_arguments(cls, options, message):
 # ---- the task router ----
 
 
-def make_router(causal, dtype=torch.float64):
+def make_router(causal, dtype=torch.float64, normalize=True):
     torch.manual_seed(0)
-    router = TaskRouter(6, TASKS, causal).to(dtype)
+    router = TaskRouter(6, TASKS, causal, normalize).to(dtype)
     nn.init.normal_(router.weight)
     return router
 
@@ -306,7 +306,7 @@ def test_the_router_by_hand():
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
     p = math.exp(1 / math.sqrt(2)) / (math.exp(1 / math.sqrt(2)) + 1)
     # X̂ = ((1 + p, 1 - p), (1 - p, 1 + p)), whose mean is (1, 1); b = 0 and W = ((1, 0), (0, 3)).
-    router = TaskRouter(2, 2).double()
+    router = TaskRouter(2, 2, normalize=False).double()
     with torch.no_grad():
         router.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
         router.bias.zero_()
@@ -322,18 +322,28 @@ def test_the_router_by_hand():
 
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("mask", (None, MASK, MASK.bool()), ids=("none", "int", "bool"))
-def test_the_router_is_the_literal_one(causal, mask):
-    router = make_router(causal)
+@pytest.mark.parametrize("normalize", (False, True))
+def test_the_router_is_the_literal_one(causal, mask, normalize):
+    router = make_router(causal, normalize=normalize)
     x = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
     inputs = (x, router.weight, router.bias)
     got = router(x, mask)
-    want = reference.task_router(*inputs, mask, causal)
+    want = reference.task_router(*inputs, mask, causal, normalize)
     torch.testing.assert_close(got, want)
     dy = torch.randn_like(got)
     for g, w in zip(
         torch.autograd.grad(got, inputs, dy), torch.autograd.grad(want, inputs, dy), strict=True
     ):
         torch.testing.assert_close(g, w)
+
+
+def test_normalized_routers_see_directions_and_no_giants():
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    giant = x.clone()
+    giant[:, 0] *= 1e4
+    torch.testing.assert_close(make_router(False)(giant), make_router(False)(x), rtol=1e-4, atol=0)
+    literal = make_router(False, normalize=False)
+    assert literal(giant).max(-1).values.min() > 0.999 and literal(x).max() < 0.999
 
 
 def test_padding_changes_nothing_wherever_it_is():
@@ -360,11 +370,11 @@ def test_the_router_extends_a_past():
     x = torch.randn(3, 7, 6, dtype=torch.float64)
     mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1, 1]])
     want = router(x, mask)
-    tasks, past_x, past = [], x[:, :0], x[:, :0]
+    tasks, past = [], (x[:, :0], x[:, :0])
     for begin, end in ((0, 3), (3, 4), (4, 7)):
-        new, attended = router.extend(x[:, begin:end], mask[:, :end], (past_x, past))
-        tasks.append(new)
-        past_x, past = x[:, :end], torch.cat([past, attended], 1)
+        found, new = router.extend(x[:, begin:end], mask[:, :end], past)
+        tasks.append(found)
+        past = [torch.cat(pair, 1) for pair in zip(past, new, strict=True)]
     torch.testing.assert_close(torch.cat(tasks, 1), want)
 
 
@@ -373,7 +383,8 @@ def test_the_router_in_bfloat16():
     x = torch.randn(3, 7, 6).bfloat16()
     tasks = router(x)
     assert tasks.dtype == torch.float32
-    want = reference.task_router(x.double(), router.weight.double(), router.bias.double())
+    parameters = (router.weight.double(), router.bias.double())
+    want = reference.task_router(x.double(), *parameters, normalize=True)
     torch.testing.assert_close(tasks.double(), want, rtol=0, atol=0.03)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(router(x), tasks)
@@ -567,6 +578,9 @@ def test_saved_copied_and_pickled_models_are_the_same(config, tmp_path):
         (lambda: OrchMoEConfig(share="token"), "share: wanted one of"),
         (lambda: OrchMoEConfig(attention="all"), "attention: wanted one of"),
         (lambda: OrchMoEConfig(combine="max"), "combine: wanted one of"),
+        (lambda: TaskRouters([], 3), "places: wanted a list of"),
+        (lambda: TaskRouters([["a", "b"]], 3), "places: wanted"),
+        (lambda: TaskRouters([["a", "b", 0]], 3), "in_features: wanted an int of at least 1"),
         (lambda: OrchMoEConfig(hidden_size=0), "hidden_size: wanted an int of at least 1"),
         (lambda: OrchMoEConfig(num_tasks=0), "num_tasks: wanted an int of at least 1"),
         (lambda: PolytroponConfig(0), "num_tasks: wanted an int of at least 1"),
@@ -634,7 +648,8 @@ def test_the_prompt_is_all_that_its_router_sees():
     assert torch.equal(seen[0], seen[1]) and seen[0].shape == (4, TASKS)
     hidden = model.model.embed_tokens(IDS)
     router = model.moelora_companions["task_routers"].routers[0]
-    want = reference.task_router(hidden, router.weight, router.bias, PADDED * prompt)
+    parameters = (router.weight, router.bias)
+    want = reference.task_router(hidden, *parameters, PADDED * prompt, normalize=True)
     torch.testing.assert_close(seen[0], want)
     for training in (False, True):
         model.train(training)

@@ -9,7 +9,7 @@ from torch import nn
 from ..companions import Companion
 from ..depth import NumberedLayer, numbered_layer
 from ..nn.orchmoe import check_arguments
-from ..nn.tasks import TaskIds, TaskRouters, check_attention, check_count
+from ..nn.tasks import TaskIds, TaskRouters, check_attention, check_bool, check_count
 from .base import AdapterConfig, is_linear
 
 SHARE = ("layer", "model")
@@ -20,7 +20,7 @@ class OrchMoEConfig(AdapterConfig):
     """OrchMoE for a whole model (2401.10559): no task ids, a router finds the tasks.
 
     The paper's text could not be read; see :class:`moelora_ops.nn.OrchMoELinear` for what is known.
-    Sharing the router and all forms of attention but ``"sequence"`` are our choices.
+    Sharing the router, all forms of attention but ``"sequence"`` and `normalize` are our choices.
 
     Padding is left out, by the ``attention_mask`` ``[batch, length]`` that the model is called
     with.  Works unchanged under generation, gradient checkpointing and ``torch.compile``.
@@ -33,11 +33,13 @@ class OrchMoEConfig(AdapterConfig):
         attention: what the router sees.  ``"causal"``: for each token what comes up to it, so that
             every token has tasks of its own, and generation with a cache agrees with a full
             forward; leave out linears that read other tokens than their layer's (k and v of
-            cross-attention).  ``"prompt"``: for a whole sequence, its prompt; in training and wherever
-            answers follow say which tokens that is (:func:`moelora_ops.prompt_mask`); generation
-            takes its first call.  ``"sequence"``, the quoted formula: for a whole sequence, all of
+            cross-attention).  ``"prompt"``: for a whole sequence, its prompt; in training and
+            wherever answers follow say which tokens that is (:func:`moelora_ops.prompt_mask`);
+            generation takes its first call.  ``"sequence"``, the quoted formula: for a whole sequence, all of
             it; right for encoders, while a decoder that learns to predict would be told the
             answer; generation keeps what its first call gives.
+        normalize: divide hidden states by their root mean square before the router, see
+            :class:`moelora_ops.nn.TaskRouter`; False is the quoted formula.
         hidden_size: width of the hidden states; by default the in_features of a layer's first
             linear.
         target_modules, adapter_dtype: see :class:`AdapterConfig`; linears of numbered layers only.
@@ -56,6 +58,7 @@ class OrchMoEConfig(AdapterConfig):
     combine: str = "sum"
     share: str = "layer"
     attention: str = "causal"
+    normalize: bool = True
     hidden_size: int | None = None
 
     def __post_init__(self):
@@ -66,6 +69,7 @@ class OrchMoEConfig(AdapterConfig):
         if self.share not in SHARE:
             raise ValueError(f"share: wanted one of {SHARE}, got {self.share!r}")
         check_attention(self.attention)
+        check_bool("normalize", self.normalize)
         if self.hidden_size is not None:
             check_count("hidden_size", self.hidden_size)
 
@@ -102,6 +106,7 @@ class OrchMoEConfig(AdapterConfig):
             [[*names, width] for names, width in places.items()],
             self.num_tasks,
             self.attention,
+            self.normalize,
             device=device,
             dtype=dtype,
         )

@@ -33,6 +33,7 @@ from ..depth import numbered_layer
 
 ATTENTION = ("causal", "prompt", "sequence")
 _NO_ARGUMENT = "no argument"
+_EPSILON = 1e-6  # in a root mean square
 
 
 class TaskRouter(nn.Module):
@@ -46,6 +47,10 @@ class TaskRouter(nn.Module):
         num_tasks: number of abstract tasks.
         causal: attend and average over the positions up to each one, which gives tasks per token;
             otherwise over the whole sequence.
+        normalize: divide each hidden state by its root mean square first (our choice; the quoted
+            formula does not).  In language models single tokens of a hundredfold norm, such as the
+            first one, otherwise are all that attention and mean see: in SmolLM2-135M the tasks were
+            the same for every input from layer 5 on.
         device, dtype: of the parameters.
 
     Parameters:
@@ -54,12 +59,20 @@ class TaskRouter(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, num_tasks: int, causal: bool = False, *, device=None, dtype=None
+        self,
+        in_features: int,
+        num_tasks: int,
+        causal: bool = False,
+        normalize: bool = True,
+        *,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         check_count("in_features", in_features)
         check_count("num_tasks", num_tasks)
-        self.in_features, self.num_tasks, self.causal = in_features, num_tasks, causal
+        self.in_features, self.num_tasks = in_features, num_tasks
+        self.causal, self.normalize = causal, normalize
         self.weight = nn.Parameter(torch.empty(num_tasks, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_tasks, device=device, dtype=dtype))
         self.reset_parameters()
@@ -76,18 +89,19 @@ class TaskRouter(nn.Module):
 
     def extend(
         self, x: Tensor, mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Tasks of `x` behind earlier positions, and X̂.
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Tasks of `x` behind earlier positions, and what `x` adds to the past.
 
         Args:
             x: ``[batch, length, d]``.
             mask: ``[batch, past + length]``, nonzero on real tokens; None if all are.
-            past: x and X̂ of earlier positions, each ``[batch, past, d]``; causal only.
+            past: X (normalised, if so) and X̂ of earlier positions, each ``[batch, past, d]``;
+                causal only.
 
         Returns:
             Probabilities, at least float32, ``[batch, num_tasks]``, or per token
-            ``[batch, length, num_tasks]`` if causal; and X̂ ``[batch, length, d]``, to be the next
-            call's past.  Where nothing real is to be seen the mean is 0.
+            ``[batch, length, num_tasks]`` if causal; and X and X̂ of these positions, each
+            ``[batch, length, d]``.  Where nothing real is to be seen the mean is 0.
 
         Raises:
             ValueError: a shape does not fit; the message names the argument.
@@ -96,6 +110,10 @@ class TaskRouter(nn.Module):
             raise ValueError(
                 f"x: wanted shape [batch, length, {self.in_features}], got {list(x.shape)}"
             )
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.normalize:
+            square = x.to(wide).square().mean(-1, keepdim=True)
+            x = (x * torch.rsqrt(square + _EPSILON)).to(x.dtype)
         keys = x if past is None else torch.cat([past[0], x], 1)
         if mask is not None:
             if mask.shape != keys.shape[:2]:
@@ -104,7 +122,6 @@ class TaskRouter(nn.Module):
                 )
             mask = mask.to(device=x.device) != 0
         attended = self._attend(x, keys, mask) + x
-        wide = torch.promote_types(x.dtype, torch.float32)
         seen = attended if past is None else torch.cat([past[1], attended], 1)
         real = torch.ones_like(seen[..., 0], dtype=torch.bool) if mask is None else mask
         real = real.unsqueeze(-1)
@@ -116,7 +133,7 @@ class TaskRouter(nn.Module):
             pooled = terms.sum(1) / real.sum(1).clamp(min=1)
         with reference.no_autocast(x.device.type):  # the softmax's logits stay wide
             logits = F.linear(pooled, self.weight.to(wide), self.bias.to(wide))
-        return logits.softmax(-1), attended
+        return logits.softmax(-1), (x, attended)
 
     def _attend(self, x: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
         new, total = x.shape[1], keys.shape[1]
@@ -133,7 +150,8 @@ class TaskRouter(nn.Module):
         return _attention(x, keys, attn_mask=allowed)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_tasks={self.num_tasks}, causal={self.causal}"
+        shown = ("in_features", "num_tasks", "causal", "normalize")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
 
 
 def _attention(x: Tensor, keys: Tensor, **options) -> Tensor:
@@ -270,17 +288,25 @@ class TaskRouters(TaskSource):
             whose input it reads, that of the module inside which its tasks hold, and their width.
         num_tasks: abstract tasks of every router.
         attention: what a router sees; see :class:`moelora_ops.OrchMoEConfig`.
+        normalize: see :class:`TaskRouter`.
         device, dtype: of the parameters.
     """
 
-    arguments = ("places", "num_tasks", "attention")
+    arguments = ("places", "num_tasks", "attention", "normalize")
     missing = (
         "tasks: wanted those of the task router, got none; the layer was called outside the module "
         "that its router reads. Pass tasks to the layer"
     )
 
     def __init__(
-        self, places: list, num_tasks: int, attention: str = "causal", *, device=None, dtype=None
+        self,
+        places: list,
+        num_tasks: int,
+        attention: str = "causal",
+        normalize: bool = True,
+        *,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         if not isinstance(places, (list, tuple)) or not places:
@@ -290,10 +316,13 @@ class TaskRouters(TaskSource):
                 raise ValueError(f"places: wanted [reads, serves, width], got {place!r}")
             check_count("in_features", place[2])
         check_attention(attention)
+        check_bool("normalize", normalize)
         self.places = [list(place) for place in places]
-        self.num_tasks, self.attention = num_tasks, attention
+        self.num_tasks, self.attention, self.normalize = num_tasks, attention, normalize
         self.routers = nn.ModuleList(
-            TaskRouter(width, num_tasks, attention == "causal", device=device, dtype=dtype)
+            TaskRouter(
+                width, num_tasks, attention == "causal", normalize, device=device, dtype=dtype
+            )
             for _, _, width in places
         )
         self.prompt: Tensor | None = None  # see prompt_mask
@@ -403,9 +432,9 @@ class TaskRouters(TaskSource):
         started = layer is not None and layer.get_seq_length() > 0
         if self.attention == "causal":
             past = (layer.keys[:, 0], layer.values[:, 0]) if started else None
-            tasks, attended = router.extend(x, mask, past)
+            tasks, new = router.extend(x, mask, past)
             if layer is not None:
-                layer.update(x.unsqueeze(1), attended.unsqueeze(1))
+                layer.update(*(t.unsqueeze(1) for t in new))
             return tasks
         if started:
             tasks = layer.keys[:, 0, -1]
@@ -493,6 +522,11 @@ def prompt_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
 def check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: wanted an int of at least 1, got {value!r}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: wanted a bool, got {value!r}")
 
 
 def check_attention(attention: str) -> None:

@@ -23,7 +23,12 @@ EPSILON = 1e-12  # PEFT's, under the sum of a row's weights
 
 
 def task_router(
-    x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None, causal: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    normalize: bool = False,
 ) -> Tensor:
     """``softmax(mean_t(X̂) Wᵀ + b)``, ``X̂ = softmax(X Xᵀ/√d) X + X``, over the real tokens.
 
@@ -33,6 +38,7 @@ def task_router(
         mask: ``[batch, length]``, nonzero on real tokens; None if all are.
         causal: our reading for decoders: both the attention and the mean at position t see
             positions up to t only.  Without it the formula sees the whole sequence.
+        normalize: X's rows are x divided by its root mean square (our choice); otherwise x itself.
 
     Returns:
         probabilities of the tasks: ``[batch, tasks]``, or ``[batch, length, tasks]`` if causal.
@@ -40,6 +46,8 @@ def task_router(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
+    if normalize:
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     batch, length, width = x.shape
     mask = torch.ones(batch, length, device=x.device) if mask is None else mask
 
