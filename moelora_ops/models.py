@@ -130,7 +130,7 @@ METHODS = {
             "residual",
             "sparsity",
         ),
-        training_only=("sparsity",),
+        training_only=("dropout", "sparsity"),
         companions={"prompt": TargetPrompt, "norms": TrainedNorms},
     ),
 }
