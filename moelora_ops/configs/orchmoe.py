@@ -35,9 +35,9 @@ class OrchMoEConfig(AdapterConfig):
             forward; leave out linears that read other tokens than their layer's (k and v of
             cross-attention).  ``"prompt"``: for a whole sequence, its prompt; in training and
             wherever answers follow say which tokens that is (:func:`moelora_ops.prompt_mask`);
-            generation takes its first call.  ``"sequence"``, the quoted formula: for a whole sequence, all of
-            it; right for encoders, while a decoder that learns to predict would be told the
-            answer; generation keeps what its first call gives.
+            generation takes its first call.  ``"sequence"``, the quoted formula: for a whole
+            sequence, all of it; right for encoders, while a decoder that learns to predict would be
+            told the answer; generation keeps what its first call gives.
         normalize: divide hidden states by their root mean square before the router, see
             :class:`moelora_ops.nn.TaskRouter`; False is the quoted formula.
         hidden_size: width of the hidden states; by default the in_features of a layer's first
