@@ -28,6 +28,7 @@ import report
 import tasks
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.ticker import PercentFormatter
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import nn
@@ -89,8 +90,8 @@ def parse_arguments() -> argparse.Namespace:
         "--tasks", nargs="+", choices=tasks.TASKS, metavar="TASK",
         default=["family_relationships", "word_sequence_reversal", "number_filtering"],
     )  # fmt: skip
-    parser.add_argument("--lora-steps", type=int, default=40, help="training steps of each LoRA")
-    parser.add_argument("--steps", type=int, default=40, help="training steps of the gates")
+    parser.add_argument("--lora-steps", type=int, default=30, help="training steps of each LoRA")
+    parser.add_argument("--steps", type=int, default=30, help="training steps of the gates")
     parser.add_argument("--batch", type=int, default=8, help="questions per step")
     parser.add_argument(
         "--length", type=int, default=80, help="most tokens of a question with its answer"
@@ -275,15 +276,19 @@ def plot(
         axis.margins(x=0.15)
         axis.set(xlabel=label)
     middle.set(yticklabels=[])
-    image = right.imshow(list(use.values()), cmap="viridis", vmin=0, aspect="auto")
+    middle.xaxis.set_major_formatter(PercentFormatter(1))
+    even = 1 / len(use)
+    span = max(0.01, max(abs(weight - even) for row in use.values() for weight in row))
+    image = right.imshow(
+        list(use.values()), cmap="PuOr_r", vmin=even - 1.5 * span, vmax=even + 1.5 * span
+    )
     for y, weights in enumerate(use.values()):
         for x, weight in enumerate(weights):
-            right.text(x, y, f"{weight:.0%}", ha="center", va="center", color="white", fontsize=9)
-    experts = [f"LoRA\n{task}" for task in use]
+            right.text(x, y, f"{weight:.1%}", ha="center", va="center", fontsize=9)
     right.set(xticks=range(len(use)), yticks=range(len(use)), yticklabels=list(use))
-    right.set_xticklabels(experts, fontsize=8)
-    right.set(title="Mean weight of each expert (column) on each task (row)")
-    figure.colorbar(image)
+    right.set_xticklabels([f"LoRA {task}" for task in use], rotation=25, ha="right")
+    right.set(title="mean weight, by task")
+    figure.colorbar(image, format=PercentFormatter(1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
