@@ -257,6 +257,42 @@ def test_a_foreign_base_is_called_and_its_gradients_are_left_alone():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_someone_unfreezes_are_trained_and_constants_to_the_loss(kind):
+    literal = make_layer(reference.PEMTLinear, kind)
+    fused = PEMTLinear.from_reference(literal)
+    names = [n for n in ("lora_down", "lora_up", "down_bias", "up_bias") if hasattr(fused, n)]
+    experts = [p.requires_grad_() for n in names if (p := getattr(fused, n)) is not None]
+    inputs = make_call(fused, kind)
+    f = fused(**inputs)
+    got = torch.autograd.grad(f.square().sum(), experts, retain_graph=True)
+    want = torch.autograd.grad(literal(**inputs).square().sum(), experts)
+    torch.testing.assert_close(got, want)
+    # Without f in between, nothing of the loss reaches them.
+    f = literal(**inputs).detach()
+    hidden = fused._hidden(inputs["x"] @ fused.lora_down.detach().flatten(0, 1).T)
+    cosines = expert_cosines(f, hidden, *fused._frozen_outputs())
+    torch.testing.assert_close(cosines, literal.agreement.cosines)
+    with pytest.raises(RuntimeError, match="have been used in the graph"):
+        torch.autograd.grad(cosines.sum(), experts)
+
+
+def test_hooks_of_the_base_see_gradients_that_nobody_changes_later():
+    layer = make_layer()
+    seen, inputs = [], make_call(layer)
+    layer.base.register_full_backward_hook(lambda m, dx, dy: seen.extend((dx[0], dx[0].clone())))
+    want = run(make_layer_like(layer), inputs)["dx"]
+    torch.testing.assert_close(run(layer, inputs)["dx"], want)
+    assert torch.equal(*seen)
+
+
+def make_layer_like(layer):
+    """The same without hooks."""
+    other = copy.deepcopy(layer)
+    other.base._backward_hooks.clear()
+    return other
+
+
 @pytest.mark.parametrize("only", ["f", "weights", "cosines"])
 def test_each_output_alone_has_its_gradients(only):
     literal = make_layer(reference.PEMTLinear)

@@ -342,20 +342,23 @@ class PEMTLinear(AdapterLinear):
                 f"weights: wanted shape {[len(x), self.num_experts]}, got {list(weights.shape)}"
             )
         compares = self.training and self.sparsity
+        # The cosines take the experts as constants; the mixture may use what is made for them then.
+        shares = compares and not any(p.requires_grad for p in self._experts())
         queries = weights is None and self.gate_query == "input"
         query = hidden = None
         if queries:
             self._check_states("x", x)
         if queries or compares:
-            # What nn.Linear and our functions give as dx is theirs alone, and may be added to.
-            own_dx = not compares or type(self.base) is nn.Linear
             length, rows = self.prompt_length if queries else 0, self.lora_down.detach()
+            # dx of a plain nn.Linear and of our functions is nobody else's: it may be added to.
+            own_dx = not shares or _is_plain_linear(self.base)
             x, query, hidden = _Taps.apply(x, length, rows if compares else None, own_dx)
         if weights is None:
             weights = self._gate(query, encoder_states)
         if compares:
-            frozen = self._frozen_outputs()
-            z, hidden = self._mixture(x, hidden, weights, frozen)
+            frozen, hidden = self._frozen_outputs(), self._hidden(hidden)
+        if shares:
+            z = self._mixture(x, hidden, weights, frozen)
         else:
             z = functional.gated(
                 x, lora_down=self.lora_down, lora_up=self.lora_up, weights=weights,
@@ -400,20 +403,24 @@ class PEMTLinear(AdapterLinear):
                 f"got {states.shape[1]}"
             )
 
-    def _mixture(
-        self, x: Tensor, hidden: Tensor, weights: Tensor, frozen: "_Frozen"
-    ) -> tuple[Tensor, Tensor]:
-        """z, made from the hidden ``A x`` that the cosines need as well, and their h."""
+    def _experts(self) -> list[nn.Parameter]:
+        every = (self.lora_down, self.lora_up, self.down_bias, self.up_bias)
+        return [p for p in every if p is not None]
+
+    def _hidden(self, hidden: Tensor) -> Tensor:
+        """``φ(A x + a)`` from ``A x``, and a one for b, ``[..., E, r']``."""
         hidden = hidden.unflatten(-1, (self.num_experts, self.rank))
         if self.biases:
-            hidden = hidden + self.down_bias
+            hidden = hidden + self.down_bias.detach()
         hidden = reference.ACTIVATIONS[self.activation](hidden)
-        if self.biases:
-            hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
+        return torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1) if self.biases else hidden
+
+    def _mixture(self, x: Tensor, hidden: Tensor, weights: Tensor, frozen: "_Frozen") -> Tensor:
+        """z from the hidden that the cosines need as well."""
         shares = (weights.to(hidden.dtype) * frozen.scales).unsqueeze(-1)
         shares = shares.reshape(len(weights), *[1] * (x.dim() - 2), *shares.shape[1:])
         mixed = (hidden * shares).flatten(-2)
-        return functional.expand(mixed, frozen.up_rows.flatten(0, 1), self.base(x)), hidden
+        return functional.expand(mixed, frozen.up_rows.flatten(0, 1), self.base(x))
 
     def _frozen_outputs(self) -> "_Frozen":
         """Made once for as long as the experts stay."""
@@ -665,6 +672,12 @@ def _check_count(name: str, value) -> None:
 def _check_choice(name: str, value, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name}: wanted one of {choices}, got {value!r}")
+
+
+def _is_plain_linear(base: nn.Module) -> bool:
+    return type(base) is nn.Linear and not (
+        base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
+    )
 
 
 def _required_ffn_input(ffn_input: Tensor | None) -> Tensor:
