@@ -13,9 +13,10 @@ Then a table of what each learned, and a heat map of the skills that OrchMoE and
 
 Seen with that (one seed, 16 held-out questions per task): no winner.  From a mean held-out loss of
 5.61 and no right answer Polytropon got to 1.42, the others to 1.43, and all three to 27 % right:
-ids did not help here, and neither did skills.  Polytropon's tasks differed in a fifth of their skill weights.  OrchMoE's differed in half
-a percent, too little to matter, though in a telling order: the five number tasks within 0.3 % of
-each other, the three string tasks up to 0.9 % away from them.  60 steps hardly move a router.
+ids did not help here, and neither did skills.  Polytropon's tasks differed in a fifth of their
+skill weights.  OrchMoE's differed in half a percent, too little to matter, though in a telling
+order: the five number tasks within 0.3 % of each other, the three string tasks up to 0.9 % away
+from them.  60 steps hardly move a router.
 """
 
 import argparse
@@ -246,12 +247,15 @@ def plot(path: Path, use: dict[str, dict[str, Tensor]]) -> None:
         title = f"{method}: skill weights\n{linear}"
         for axis, grid, head in (
             (left, weights[linear], title),
-            (right, distances(weights), f"{method}: how much of the weights differs, all linears"),
+            (right, distances(weights), f"{method}:\nshare of weights that differs, all linears"),
         ):
             image = axis.imshow(grid.numpy(), aspect="auto", cmap="viridis")
             for y, row in enumerate(grid.tolist()):
                 for x, value in enumerate(row):
-                    axis.text(x, y, f"{value:.1%}", ha="center", va="center", fontsize=7, color="w")
+                    color = "k" if image.norm(value) > 0.6 else "w"
+                    axis.text(
+                        x, y, f"{value:.1%}", ha="center", va="center", fontsize=7, color=color
+                    )
             axis.set(title=head, yticks=range(len(names)), yticklabels=names)
             figure.colorbar(image, ax=axis)
         left.set(xlabel="skill", xticks=range(weights[linear].shape[1]))
