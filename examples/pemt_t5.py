@@ -12,6 +12,12 @@ words stand together that share a shape, a size or, half as often, a colour.  Th
    a fresh LoRA with a prompt, and for fine-tuning all weights.
 
 Tables, the learned weights and a plot go to the output folder.
+
+What was seen with the defaults (means of three draws; two draws of one method differ by as much as
+the methods do): with 32 examples PEMT was best, 84 % beside 81 % for a fresh LoRA and 79 % for full
+fine-tuning, and the first layer of the decoder gave the colour source 95 %.  With 16 it was level
+with the LoRA (77 and 76 %).  With 8 it was worst, 53 %, as its gates settled on the wrong sources,
+while the related source alone reached 74 %: the transfer works, choosing needs examples.
 """
 
 import argparse
@@ -313,9 +319,9 @@ def write_report(args, scores, results, trained, weights, seconds) -> None:
     )
     findings = [
         f"Source tasks, right: {', '.join(f'{n} {s:.0%}' for n, s in scores.items())}.",
-        f"At {args.shots[-1]} examples {max(last, key=last.get)} is best; PEMT is "
-        f"{last[PEMT] - last[LORA]:+.1%} from the fresh LoRA, {last[PEMT] - last[FULL]:+.1%} from "
-        f"full fine-tuning and {last[PEMT] - last[ORACLE]:+.1%} from the related source alone.",
+        f"At {args.shots[-1]} examples {max(last, key=last.get)} is best; PEMT's distance in points: "
+        + ", ".join(f"{100 * (last[PEMT] - last[n]):+.1f} from {n}" for n in (LORA, FULL, ORACLE))
+        + ".",
         f"Over all layers PEMT gives most weight to the source {favourite}; related is colour.",
         f"Mean and standard deviation over {args.seeds} draws of the examples; guessing is 50%. "
         f"All of it took {seconds:.0f} s.",
