@@ -319,8 +319,8 @@ def write_report(args, scores, results, trained, weights, seconds) -> None:
     )
     findings = [
         f"Source tasks, right: {', '.join(f'{n} {s:.0%}' for n, s in scores.items())}.",
-        f"At {args.shots[-1]} examples {max(last, key=last.get)} is best; PEMT's distance in points: "
-        + ", ".join(f"{100 * (last[PEMT] - last[n]):+.1f} from {n}" for n in (LORA, FULL, ORACLE))
+        f"At {args.shots[-1]} examples {max(last, key=last.get)} is best; PEMT's points above: "
+        + ", ".join(f"{100 * (last[PEMT] - last[n]):+.1f} {n}" for n in (LORA, FULL, ORACLE))
         + ".",
         f"Over all layers PEMT gives most weight to the source {favourite}; related is colour.",
         f"Mean and standard deviation over {args.seeds} draws of the examples; guessing is 50%. "
