@@ -68,7 +68,9 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 inline const void* read(const Tensor& t) { return t.const_data_ptr(); }
-inline const void* read(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+inline const void* read(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
 
 // A tensor [..., columns] as rows: contiguous, or a matrix whose rows are.
 struct Rows {
@@ -87,7 +89,7 @@ inline Rows rows_of(const Tensor& t, const char* name) {
 
 // That `t` has x's dtype and the given shape.
 inline void check_like(const Tensor& t, const Tensor& x, const std::vector<int64_t>& shape,
-                const char* name) {
+                       const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": wanted x's dtype");
   STD_TORCH_CHECK(shape_of(t) == shape, name, ": has a shape that does not fit the others");
 }

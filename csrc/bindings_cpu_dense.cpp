@@ -1,6 +1,6 @@
 // The operators of the dense mixes on CPU tensors (schemas: moelora_ops/ops.py): three products and
-// the mix between them, see cpu/kernels.h.  Arguments were validated in Python; what is checked here
-// would corrupt memory.
+// the mix between them, see cpu/kernels.h.  Arguments were validated in Python; what is checked
+// here would corrupt memory.
 
 #include <cmath>
 
@@ -294,8 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_backward(
   Tensor dlora_up = gradient_like(lora_up, need_dparams);
   Tensor ddown_bias = gradient_like(down_bias, x, need_dparams);
   Tensor dup_bias = gradient_like(up_bias, x, need_dparams);
-  const DenseShrink of_dy =
-      shrink_of(dys, read(dy), e.N, c.up, c.up_bias, data<void>(mixed));
+  const DenseShrink of_dy = shrink_of(dys, read(dy), e.N, c.up, c.up_bias, data<void>(mixed));
   std::vector<DenseExpand> expands;
   if (need_dx)
     expands.push_back(expand_of(check_output(dx, x, e.K, "dx"), data<void>(dx), e.K, c.down, {},
@@ -319,8 +318,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_backward(
       for (int64_t j = 0; j < e.E * e.r; ++j) {
         double sum = 0;
         for (int64_t t = 0; t < e.T; ++t) sum += share[t * e.E * e.r + j];
-        data<T>(ddown_bias)[j] =
-            moelora::from_acc<T>(static_cast<A>(sum / c.mix.dhidden_scale));
+        data<T>(ddown_bias)[j] = moelora::from_acc<T>(static_cast<A>(sum / c.mix.dhidden_scale));
       }
     });
   Tensor dweights = need_dweights ? sum_rows(shares, c.mix.row, weights.size(0)) : shares;
@@ -449,8 +447,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grid_backward(
       for (int64_t t = 0; t < c.T; ++t, share += 3)
         token += share[0], task += share[1], output += share[2];
       const double slope = sharp_sigmoid_slope(c.omega);
-      *data<T>(domega) = moelora::from_acc<T>(
-          static_cast<A>(slope * (token_scale * token - task_scale * task)));
+      *data<T>(domega) =
+          moelora::from_acc<T>(static_cast<A>(slope * (token_scale * token - task_scale * task)));
       *data<T>(dbeta) = moelora::from_acc<T>(static_cast<A>(sharp_sigmoid_slope(c.beta) * output));
     });
   Tensor dintuition = need_dintuition ? sum_rows(shares, c.mix.row, intuition->size(0)) : shares;
@@ -521,13 +519,251 @@ struct Segments {
   }
 };
 
+// `t` in its accumulator's type.
+Tensor widened(const Tensor& t) {
+  if (accumulator_of(t) == t.scalar_type()) return t;
+  Tensor out = empty(shape_of(t), accumulator_of(t));
+  with_element(dtype_of(t), [&](auto element) {
+    using T = decltype(element);
+    const T* from = static_cast<const T*>(t.const_data_ptr());
+    for (int64_t i = 0; i < t.numel(); ++i)
+      data<moelora::acc_t<T>>(out)[i] = moelora::to_acc(from[i]);
+  });
+  return out;
+}
+// `t` rounded from the accumulator's type to that of `like`.
+Tensor rounded(const Tensor& t, const Tensor& like) {
+  if (t.scalar_type() == like.scalar_type()) return t;
+  Tensor out = empty(shape_of(t), like.scalar_type());
+  with_element(dtype_of(like), [&](auto element) {
+    using T = decltype(element);
+    const auto* from = static_cast<const moelora::acc_t<T>*>(t.const_data_ptr());
+    for (int64_t i = 0; i < t.numel(); ++i) data<T>(out)[i] = moelora::from_acc<T>(from[i]);
+  });
+  return out;
+}
+
+// Weights per sequence: the factors of each row of the table are merged first, A = Σ_e w_e A_e and
+// B = s Σ_e w_e B_e, and a sequence's tokens meet r rows instead of E r.  Merging is an expand
+// whose tokens are the rows of the table; its gradients are an outer product and a shrink.  All
+// three in the accumulator's type, as a rounded weight would err alike for every feature.
+class Merged {
+ public:
+  int64_t rows;
+  Tensor down, up;  // [rows, r, K], [rows, r, N] in x's dtype
+
+  Merged(const AveragedCall& call, const Tensor& like, const Tensor& lora_down,
+         const Tensor& lora_up, const Tensor& weights)
+      : rows(weights.size(0)),
+        down(like),
+        up(like),
+        c(call),
+        x(like),
+        E(call.e.E),
+        r(call.e.r),
+        Q(call.Q),
+        wide(accumulator_of(like) == ScalarType::Double ? 8 : 4),
+        kernels(moelora::kernels(wide == 8 ? DType::kFloat64 : DType::kFloat32).dense),
+        sides{{widened(lora_down), call.e.K, weights},
+              {widened(lora_up), call.e.N, scaled(weights)}} {
+    Tensor merged[2] = {empty({rows, r, c.e.K}, accumulator_of(x)),
+                        empty({rows, r, c.e.N}, accumulator_of(x))};
+    each_pair([&](int side, int64_t j, int64_t q) {
+      const Side& s = sides[side];
+      DenseExpand expand =
+          expand_of({rows, r * s.columns}, at(merged[side], s, j, q), s.columns / Q,
+                    experts(s.experts, s, j, q), {}, coefficients(s, q), nullptr, false);
+      expand.ldh = Q * E;
+      kernels.expand(expand, 0, rows, 0, s.columns / Q);
+    });
+    down = rounded(merged[0], x);
+    up = rounded(merged[1], x);
+  }
+
+  // The gradients of the experts' factors and of the weights from those of the merged ones, which
+  // are in the accumulator's type.
+  std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& ddown, const Tensor& dup,
+                                               bool need_dparams, bool need_dweights) const {
+    const ScalarType type = accumulator_of(x);
+    Tensor dexperts[2] = {gradient_like(sides[0].experts, need_dparams),
+                          gradient_like(sides[1].experts, need_dparams)};
+    Tensor dweights = empty({need_dweights ? rows : 0, Q * E}, type);
+    // [side, j, q]: <merged gradient, expert e's row> of each table row.
+    Tensor shares = empty({need_dweights ? 2 * r * Q * rows * E : 0}, type);
+    each_pair([&](int side, int64_t j, int64_t q) {
+      const Side& s = sides[side];
+      const int64_t unit = (side * r + j) * Q + q;
+      DenseShrink shrink =
+          shrink_of({rows, r * s.columns}, at(side ? dup : ddown, s, j, q), s.columns / Q,
+                    experts(s.experts, s, j, q), {}, data<char>(shares) + unit * rows * E * wide);
+      if (need_dweights) kernels.shrink(shrink, 0, rows, 0, E);
+      if (!need_dparams) return;
+      shrink.ldh = Q * E;
+      kernels.outer(outer_of(shrink, experts(dexperts[side], s, j, q), {}, coefficients(s, q)), 0,
+                    s.columns / Q);
+    });
+    if (need_dweights) sum_shares(shares, dweights);
+    return {rounded(dexperts[0], x), rounded(dexperts[1], x), dweights};
+  }
+
+  // Calls f(first token, last token, row of the table) for the part of [t0, t1) in each sequence.
+  template <class F>
+  void each_sequence(int64_t t0, int64_t t1, const F& f) const {
+    const int64_t length = c.mix.row.tokens_per_row;
+    for (int64_t a = t0; a < t1;) {
+      const int64_t row = a / length, b = std::min(t1, (row + 1) * length);
+      f(a, b, row);
+      a = b;
+    }
+  }
+  // The merged factors of one row, or their gradients.
+  RowBlock of_row(const Tensor& merged, int64_t columns, int64_t row) const {
+    return {static_cast<const char*>(merged.const_data_ptr()) +
+                row * r * columns * merged.element_size(),
+            r, columns};
+  }
+
+ private:
+  struct Side {
+    Tensor experts;  // [E, r, columns], wide
+    int64_t columns;
+    Tensor table;  // [rows, Q E]: what they are multiplied by
+  };
+  const AveragedCall& c;
+  const Tensor& x;
+  int64_t E, r, Q, wide;
+  const DenseKernels& kernels;
+  Side sides[2];
+
+  Tensor scaled(const Tensor& weights) const {
+    Tensor out = empty(shape_of(weights), weights.scalar_type());
+    with_element(dtype_of(weights), [&](auto element) {
+      using A = decltype(element);
+      if constexpr (std::is_floating_point_v<A>)
+        for (int64_t i = 0; i < weights.numel(); ++i)
+          data<A>(out)[i] =
+              static_cast<A>(c.mix.scale) * static_cast<const A*>(weights.const_data_ptr())[i];
+    });
+    return out;
+  }
+  void sum_shares(const Tensor& shares, const Tensor& dweights) const {
+    with_element(dtype_of(dweights), [&](auto element) {
+      using A = decltype(element);
+      if constexpr (std::is_floating_point_v<A>)
+        for (int64_t row = 0; row < rows; ++row)
+          for (int64_t q = 0; q < Q; ++q)
+            for (int64_t e = 0; e < E; ++e) {
+              double down_sum = 0, up_sum = 0;
+              for (int64_t j = 0; j < 2 * r; ++j)
+                (j < r ? down_sum : up_sum) += data<A>(shares)[((j * Q + q) * rows + row) * E + e];
+              data<A>(dweights)[(row * Q + q) * E + e] =
+                  static_cast<A>(down_sum + c.mix.scale * up_sum);
+            }
+    });
+  }
+  // Row j, segment q of the first of some matrices [r, columns].
+  void* at(const Tensor& matrices, const Side& s, int64_t j, int64_t q) const {
+    return data<char>(matrices) + (j * s.columns + q * (s.columns / Q)) * wide;
+  }
+  RowBlock experts(const Tensor& matrices, const Side& s, int64_t j, int64_t q) const {
+    return {at(matrices, s, j, q), E, r * s.columns};
+  }
+  // Split q of the table, whose rows hold all splits.
+  void* coefficients(const Side& s, int64_t q) const { return data<char>(s.table) + q * E * wide; }
+  template <class F>
+  void each_pair(const F& f) const {
+    split(2 * r * Q, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i < r * Q ? 0 : 1, i / Q % r, i % Q);
+    });
+  }
+};
+
+Tensor merged_forward(const AveragedCall& c, const Tensor& x, const Tensor& lora_down,
+                      const Tensor& lora_up, const Tensor& weights, const OptionalTensor& bias,
+                      const Tensor& y, bool accumulate) {
+  const Experts& e = c.e;
+  STD_TORCH_CHECK(!c.mix.row.map, "row_map: sequences lie one after the other if they are merged");
+  Tensor hidden = empty({e.T, e.r}, accumulator_of(x));
+  const Rows out = check_output(y, x, e.N, "y");
+  const void* added = read_like(bias, x, {e.N}, "bias");
+  if (e.T == 0) return hidden;
+  const Merged m(c, x, lora_down, lora_up, weights);
+  const DenseKernels& kernels = moelora::kernels(dtype_of(x)).dense;
+  split(e.T, kTokenUnit, [&](int64_t t0, int64_t t1) {
+    m.each_sequence(t0, t1, [&](int64_t a, int64_t b, int64_t row) {
+      void* h = data<void>(hidden);
+      kernels.shrink(shrink_of(e.x, read(x), e.K, m.of_row(m.down, e.K, row), {}, h), a, b, 0, e.r);
+      kernels.expand(
+          expand_of(out, data<void>(y), e.N, m.of_row(m.up, e.N, row), {}, h, added, accumulate), a,
+          b, 0, e.N);
+    });
+  });
+  return hidden;
+}
+
+std::tuple<Tensor, Tensor, Tensor> merged_backward(const AveragedCall& c, const Tensor& dy,
+                                                   const Tensor& x, const Tensor& lora_down,
+                                                   const Tensor& lora_up, const Tensor& weights,
+                                                   const Tensor& hidden, const Tensor& dx,
+                                                   bool accumulate, bool need_dx, bool need_dparams,
+                                                   bool need_dweights) {
+  const Experts& e = c.e;
+  const Rows dys = check_output(dy, x, e.N, "dy");
+  read_wide(hidden, x, {e.T, e.r}, "hidden");
+  const Merged m(c, x, lora_down, lora_up, weights);
+  Tensor dhidden = empty({e.T, e.r}, accumulator_of(x));
+  const Rows dxs = need_dx ? check_output(dx, x, e.K, "dx") : Rows{e.T, e.K};
+  const DenseKernels& kernels = moelora::kernels(dtype_of(x)).dense;
+  const auto of_dy = [&](int64_t row) {
+    return shrink_of(dys, read(dy), e.N, m.of_row(m.up, e.N, row), {}, data<void>(dhidden));
+  };
+  split(e.T, kTokenUnit, [&](int64_t t0, int64_t t1) {
+    m.each_sequence(t0, t1, [&](int64_t a, int64_t b, int64_t row) {
+      kernels.shrink(of_dy(row), a, b, 0, e.r);
+      if (need_dx)
+        kernels.expand(expand_of(dxs, data<void>(dx), e.K, m.of_row(m.down, e.K, row), {},
+                                 data<void>(dhidden), nullptr, accumulate),
+                       a, b, 0, e.K);
+    });
+  });
+  const bool wanted = need_dparams || need_dweights;
+  const auto wide_like = [&](const Tensor& t) {
+    return empty(wanted ? shape_of(t) : std::vector<int64_t>{0}, accumulator_of(x));
+  };
+  Tensor ddown = wide_like(m.down), dup = wide_like(m.up);
+  // The outer product of one sequence's coefficients and vectors.
+  const auto outer_of_row = [&](DenseShrink of, const Tensor& coefficients, const Tensor& out,
+                                int64_t row) {
+    const int64_t first = row * c.mix.row.tokens_per_row;
+    of.T = e.T ? c.mix.row.tokens_per_row : 0;
+    of.v = static_cast<const char*>(of.v) + first * of.ldv * x.element_size();
+    return outer_of(of, m.of_row(out, of.C, row), {},
+                    data<char>(coefficients) + first * e.r * coefficients.element_size());
+  };
+  if (wanted) {
+    split(e.N, kColumnUnit, [&](int64_t c0, int64_t c1) {
+      for (int64_t row = 0; row < m.rows; ++row)
+        kernels.outer_wide(outer_of_row(of_dy(row), hidden, dup, row), c0, c1);
+    });
+    split(e.K, kColumnUnit, [&](int64_t c0, int64_t c1) {
+      for (int64_t row = 0; row < m.rows; ++row)
+        kernels.outer_wide(
+            outer_of_row(shrink_of(e.x, read(x), e.K, m.of_row(m.down, e.K, row), {}, nullptr),
+                         dhidden, ddown, row),
+            c0, c1);
+    });
+  }
+  return m.gradients(ddown, dup, need_dparams, need_dweights);
+}
+
 Tensor averaged_forward(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
                         const Tensor& weights, const OptionalTensor& row_map,
                         const OptionalTensor& bias, const Tensor& y, int64_t splits, double scale,
-                        bool accumulate) {
+                        bool merged, bool accumulate) {
   AveragedCall c = averaged_call(x, lora_down, lora_up, weights, row_map, splits, scale);
   const Experts& e = c.e;
   const ScalarType wide = accumulator_of(x);
+  if (merged) return merged_forward(c, x, lora_down, lora_up, weights, bias, y, accumulate);
   Tensor hidden = empty({e.T, c.mix.hidden_columns()}, wide);
   Tensor mixed = empty({e.T, c.mix.mixed_columns()}, wide);
   c.mix.hidden = data<void>(hidden);
@@ -545,9 +781,12 @@ Tensor averaged_forward(const Tensor& x, const Tensor& lora_down, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> averaged_backward(
     const Tensor& dy, const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
     const Tensor& weights, const OptionalTensor& row_map, const Tensor& hidden, const Tensor& dx,
-    int64_t splits, double scale, bool accumulate, bool need_dx, bool need_dparams,
+    int64_t splits, double scale, bool merged, bool accumulate, bool need_dx, bool need_dparams,
     bool need_dweights) {
   AveragedCall c = averaged_call(x, lora_down, lora_up, weights, row_map, splits, scale);
+  if (merged)
+    return merged_backward(c, dy, x, lora_down, lora_up, weights, hidden, dx, accumulate, need_dx,
+                           need_dparams, need_dweights);
   const Experts& e = c.e;
   const ScalarType wide = accumulator_of(x);
   const Rows dys = check_output(dy, x, e.N, "dy");
@@ -572,8 +811,7 @@ std::tuple<Tensor, Tensor, Tensor> averaged_backward(
   if (need_dparams) {
     const auto of_x = segments.shrinks(e.x, read(x), e.K, read(lora_down), data<void>(dhidden));
     for (int64_t q = 0; q < c.Q; ++q) {
-      outers.push_back(
-          outer_of(of_dy[q], segments.rows(read(dlora_up), e.N, q), {}, of_dy[q].h));
+      outers.push_back(outer_of(of_dy[q], segments.rows(read(dlora_up), e.N, q), {}, of_dy[q].h));
       outers.push_back(outer_of(of_x[q], segments.rows(read(dlora_down), e.K, q), {}, of_x[q].h));
     }
   }
@@ -653,7 +891,8 @@ std::tuple<Tensor, Tensor, Tensor> output_gate_backward(
     const Tensor& scales, const Tensor& tau, const OptionalTensor& mask, const Tensor& hidden,
     const Tensor& gates, const Tensor& dx, int64_t normalization, bool mask_input, bool accumulate,
     bool need_dx) {
-  // dx stands in for x, which frozen experts do not need: it has its shape even if it is not wanted.
+  // dx stands in for x, which frozen experts do not need: it has its shape even if it is not
+  // wanted.
   OutputGateCall c = output_gate_call(dx, lora_down, lora_up, projection, factors, means, scales,
                                       tau, mask, normalization, mask_input);
   const Experts& e = c.e;
@@ -672,8 +911,8 @@ std::tuple<Tensor, Tensor, Tensor> output_gate_backward(
   c.mix.dtau = data<void>(dtaus);
   std::vector<DenseExpand> expands;
   if (need_dx)
-    expands.push_back(expand_of(e.x, data<void>(dx), e.K, c.down, {}, data<void>(dhidden), nullptr,
-                                accumulate));
+    expands.push_back(
+        expand_of(e.x, data<void>(dx), e.K, c.down, {}, data<void>(dhidden), nullptr, accumulate));
   const moelora::Kernels& kernels = moelora::kernels(dtype_of(dx));
   run_backward(kernels.dense, {shrink_of(dys, read(dy), e.N, c.up, {}, data<void>(dmixed))},
                kernels.dense.output_gate, c.mix, expands, {});
@@ -692,8 +931,8 @@ std::tuple<Tensor, Tensor, Tensor> output_gate_backward(
 
 Tensor shrink(const Tensor& v, const Tensor& rows) {
   const Rows tokens = rows_of(v, "x");
-  STD_TORCH_CHECK(rows.dim() == 2 && v.size(v.dim() - 1) == rows.size(1),
-                  "rows: wanted [R, ", v.size(v.dim() - 1), "]");
+  STD_TORCH_CHECK(rows.dim() == 2 && v.size(v.dim() - 1) == rows.size(1), "rows: wanted [R, ",
+                  v.size(v.dim() - 1), "]");
   const RowBlock block = {read_like(rows, v, shape_of(rows), "rows"), rows.size(0), rows.size(1)};
   std::vector<int64_t> shape = shape_of(v);
   shape.back() = block.count;
@@ -711,8 +950,8 @@ Tensor shrink(const Tensor& v, const Tensor& rows) {
 
 void expand(const Tensor& h, const Tensor& rows, const Tensor& y, bool accumulate) {
   const Rows out = rows_of(y, "y");
-  STD_TORCH_CHECK(rows.dim() == 2 && y.size(y.dim() - 1) == rows.size(1),
-                  "rows: wanted [R, ", y.size(y.dim() - 1), "]");
+  STD_TORCH_CHECK(rows.dim() == 2 && y.size(y.dim() - 1) == rows.size(1), "rows: wanted [R, ",
+                  y.size(y.dim() - 1), "]");
   const RowBlock block = {read_like(rows, y, shape_of(rows), "rows"), rows.size(0), rows.size(1)};
   std::vector<int64_t> shape = shape_of(y);
   shape.back() = block.count;

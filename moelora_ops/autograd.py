@@ -299,10 +299,10 @@ def averaged_mixture(
     """Frozen linear plus the experts' averaged factors, forward.
 
     Args:
-        mix: splits, scale.
+        mix: splits, scale, merged.
 
     Returns:
-        y ``[..., N]`` and hidden ``[T, splits * E * r]``.
+        y ``[..., N]`` and hidden ``[T, splits * E * r]``, or ``[T, r]`` of the merged factors.
     """
     y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
     hidden = ops.averaged_forward(
@@ -339,7 +339,7 @@ class AveragedMixture(torch.autograd.Function):
             )  # fmt: skip
         return (
             dx if need_dx else None, *_base_gradients(ctx, dy, x), *_wanted(gradients, need[6:9]),
-            *(None,) * 3,
+            *(None,) * 4,
         )  # fmt: skip
 
 

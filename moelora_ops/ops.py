@@ -59,12 +59,13 @@ _library.define(
 )
 _library.define(
     "averaged_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor weights, Tensor? row_map,"
-    " Tensor? bias, Tensor(a!) y, int splits, float scale, bool accumulate) -> Tensor hidden"
+    " Tensor? bias, Tensor(a!) y, int splits, float scale, bool merged, bool accumulate)"
+    " -> Tensor hidden"
 )
 _library.define(
     "averaged_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor weights,"
-    " Tensor? row_map, Tensor hidden, Tensor(a!) dx, int splits, float scale, bool accumulate,"
-    " bool need_dx, bool need_dparams, bool need_dweights)"
+    " Tensor? row_map, Tensor hidden, Tensor(a!) dx, int splits, float scale, bool merged,"
+    " bool accumulate, bool need_dx, bool need_dparams, bool need_dweights)"
     " -> (Tensor dlora_down, Tensor dlora_up, Tensor dweights)"
 )
 _library.define(
@@ -216,15 +217,16 @@ def _grid_backward_fake(
 
 @torch.library.register_fake("moelora_ops::averaged_forward")
 def _averaged_forward_fake(
-    x, lora_down, lora_up, weights, row_map, bias, y, splits, scale, accumulate
+    x, lora_down, lora_up, weights, row_map, bias, y, splits, scale, merged, accumulate
 ):
-    return _wide(x, _tokens(x), splits * lora_down.shape[0] * lora_down.shape[1])
+    num_experts, rank, _ = lora_down.shape
+    return _wide(x, _tokens(x), rank if merged else splits * num_experts * rank)
 
 
 @torch.library.register_fake("moelora_ops::averaged_backward")
 def _averaged_backward_fake(
-    dy, x, lora_down, lora_up, weights, row_map, hidden, dx, splits, scale, accumulate, need_dx,
-    need_dparams, need_dweights,
+    dy, x, lora_down, lora_up, weights, row_map, hidden, dx, splits, scale, merged, accumulate,
+    need_dx, need_dparams, need_dweights,
 ):  # fmt: skip
     rows = weights.shape[0] if need_dweights else 0
     return *_gradients(need_dparams, lora_down, lora_up), _wide(x, rows, weights.shape[1])

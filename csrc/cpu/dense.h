@@ -52,10 +52,9 @@ class DenseProducts {
       for (const RowBlock& block : p.blocks) {
         const int64_t end = std::min(r1, first + block.count);
         for (int64_t r = std::max(r0, first); r < end; r += fit)
-          moelora::MOELORA_LEVEL::shrink<T>(b - a, tokens.data(),
-                                            in(block.rows) + (r - first) * block.ld, block.ld,
-                                            std::min(fit, end - r), p.C,
-                                            static_cast<A*>(p.h) + a * p.ldh + r, p.ldh);
+          moelora::MOELORA_LEVEL::shrink<T>(
+              b - a, tokens.data(), in(block.rows) + (r - first) * block.ld, block.ld,
+              std::min(fit, end - r), p.C, static_cast<A*>(p.h) + a * p.ldh + r, p.ldh);
         first += block.count;
       }
       if (!p.dropout) continue;
@@ -83,17 +82,19 @@ class DenseProducts {
     }
   }
 
-  // gradients of the rows, columns [c0, c1)
+  // Gradients of the rows, columns [c0, c1), as O: T or its accumulator.
+  template <class O>
   static void outer(const DenseOuter& p, int64_t c0, int64_t c1) {
-    static thread_local std::vector<const T*> rows, tokens;
-    static thread_local std::vector<T*> destination;
+    static thread_local std::vector<const T*> tokens;
+    static thread_local std::vector<O*> destination;
     static thread_local std::vector<const A*> coefficients;
     static thread_local Scratch<T> masked_scratch;
-    gather_rows(p, rows);
-    destination.resize(rows.size());
-    for (size_t i = 0; i < rows.size(); ++i) destination[i] = const_cast<T*>(rows[i]);
+    destination.clear();
+    for (const RowBlock& block : p.blocks)
+      for (int64_t i = 0; i < block.count; ++i)
+        destination.push_back(static_cast<O*>(const_cast<void*>(block.rows)) + i * block.ld);
     const int64_t count = p.rows(), block = outer_block(static_cast<int>(count));
-    accumulate_rows<T>(
+    accumulate_rows<O>(
         count, c0, c1,
         [&](int64_t a, int64_t b, A* sums, int64_t width) {
           for (int64_t t0 = 0; t0 < p.T; t0 += block) {
@@ -274,7 +275,8 @@ struct Mixes {
   static void output_gate_forward(const OutputGating& m, int64_t t0, int64_t t1) {
     static thread_local Scratch<A> scratch;
     const OutputGate<A> gate = gate_of(m);
-    A *normalized = scratch.take(m.input_columns() + m.E), *inverse = normalized + m.input_columns();
+    A *normalized = scratch.take(m.input_columns() + m.E),
+      *inverse = normalized + m.input_columns();
     for (int64_t t = t0; t < t1; ++t)
       output_gate_forward_row(gate, at(m.hidden, t * m.hidden_columns()), at(m.gates, t * m.E),
                               at(m.mixed, t * m.mixed_columns()), normalized, inverse);
@@ -285,11 +287,11 @@ struct Mixes {
     A *dnormalized = scratch.take(m.input_columns() + m.E),
       *inverse = dnormalized + m.input_columns();
     for (int64_t t = t0; t < t1; ++t)
-      *at(m.dtau, t) = output_gate_backward_row(
-          gate, at(m.hidden, t * m.hidden_columns()), at(m.gates, t * m.E),
-          at(m.dmixed, t * m.mixed_columns()), at(m.dgates, t * m.E),
-          at(m.normalized, t * m.input_columns()), at(m.dlogits, t * m.E),
-          at(m.dhidden, t * m.hidden_columns()), inverse, dnormalized);
+      *at(m.dtau, t) =
+          output_gate_backward_row(gate, at(m.hidden, t * m.hidden_columns()), at(m.gates, t * m.E),
+                                   at(m.dmixed, t * m.mixed_columns()), at(m.dgates, t * m.E),
+                                   at(m.normalized, t * m.input_columns()), at(m.dlogits, t * m.E),
+                                   at(m.dhidden, t * m.hidden_columns()), inverse, dnormalized);
   }
 };
 
@@ -299,7 +301,8 @@ constexpr DenseKernels dense_table() {
   using M = Mixes<acc_t<T>>;
   return {D::shrink,
           D::expand,
-          D::outer,
+          D::template outer<T>,
+          D::template outer<acc_t<T>>,
           {M::gated_forward, M::gated_backward},
           {M::grid_forward, M::grid_backward},
           {M::averaged_forward, M::averaged_backward},

@@ -80,8 +80,8 @@ struct RowBlock {
 };
 constexpr int kRowBlocks = 2;
 
-// What the three products share: token rows v, or outputs y, against up to two blocks of rows, whose
-// coefficients lie one block after the other in a row of `h`.
+// What the three products share: token rows v, or outputs y, against up to two blocks of rows,
+// whose coefficients lie one block after the other in a row of `h`.
 struct Dense {
   int64_t T, C;                 // tokens, columns
   RowBlock blocks[kRowBlocks];  // an absent one has count 0
@@ -163,9 +163,9 @@ struct Averaged {
 struct OutputGating {
   int E, r;
   Normalization normalization;
-  double tau, width;                                // width: N
+  double tau, width;                                  // width: N
   const void *projection, *factors, *means, *scales;  // A, see mix/output_gate.h
-  const uint8_t* mask;                              // [E] or null
+  const uint8_t* mask;                                // [E] or null
   bool mask_input;
   void *hidden, *mixed;
   void* gates;  // A [T, E]
@@ -178,9 +178,7 @@ struct OutputGating {
 
   int hidden_columns() const { return E * r; }
   int mixed_columns() const { return E * r; }
-  int input_columns() const {
-    return E * r + (normalization == Normalization::kLayerNorm ? 1 : 0);
-  }
+  int input_columns() const { return E * r + (normalization == Normalization::kLayerNorm ? 1 : 0); }
 };
 
 // Forward and backward of one mix for tokens [t0, t1).
@@ -195,6 +193,7 @@ struct DenseKernels {
   void (*shrink)(const DenseShrink&, int64_t t0, int64_t t1, int64_t r0, int64_t r1);
   void (*expand)(const DenseExpand&, int64_t t0, int64_t t1, int64_t c0, int64_t c1);
   void (*outer)(const DenseOuter&, int64_t c0, int64_t c1);
+  void (*outer_wide)(const DenseOuter&, int64_t c0, int64_t c1);  // writes A
   MixKernels<Gated> gated;
   MixKernels<Grid> grid;
   MixKernels<Averaged> averaged;

@@ -19,8 +19,9 @@ static void small_linear_any(const void* x, int64_t ldx, int64_t tokens, const v
 template <class T>
 static constexpr Kernels table() {
   using K = TopkKernels<T>;
-  return {dense_table<T>(),   K::tokens,          K::expand,        K::logits,      K::route,
-          K::hidden,          K::backward_tokens, K::backward_down, K::backward_up, small_linear_any<T>};
+  return {dense_table<T>(), K::tokens,          K::expand,          K::logits,
+          K::route,         K::hidden,          K::backward_tokens, K::backward_down,
+          K::backward_up,   small_linear_any<T>};
 }
 
 extern const Kernels kTables[4] = {table<float>(), table<BFloat16>(), table<Float16>(),

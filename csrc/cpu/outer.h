@@ -158,8 +158,8 @@ void outer(int64_t n, const T** v, const acc_t<T>* const* coefficient, int rows,
     constexpr int64_t kSteps = 64 / O::kTokensPerStep;
     for (int64_t c = c0; c < whole; c += O::kColumns)
       for (int64_t q = 0; q < steps; q += kSteps)
-        outer_tile<T>(count, std::min(kSteps, steps - q), v + q * O::kTokensPerStep,
-                      h + q * count, c, o + (c - c0), ldo);
+        outer_tile<T>(count, std::min(kSteps, steps - q), v + q * O::kTokensPerStep, h + q * count,
+                      c, o + (c - c0), ldo);
     if (left) {
       alignas(64) A tail[kOuterRows * O::kColumns] = {};
       for (int64_t q = 0; q < steps; q += kSteps)

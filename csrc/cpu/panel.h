@@ -35,7 +35,7 @@ struct WidePanel {
 
   // y[i, v] = init[i, v] + Σ_p h[i, p] panel[entry[p], v] for kTokens tokens and kVectors registers
   // of columns.
-  //   init  what is added last: y itself to accumulate, a bias (ldi = 0), or null for nothing.  Last
+  //   init  what is added last: y itself to accumulate, a bias (ldi = 0), or null for nothing. Last
   //         and not first, as the many small terms lose less against each other than against it.
   //   entry which panel entries; null means 0..n in order
   template <int kTokens, int kWidth>

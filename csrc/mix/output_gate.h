@@ -23,22 +23,22 @@ template <class A>
 struct OutputGate {
   int E, r;
   Normalization normalization;
-  const A* projection;    // [R, E]: P; for kLayerNorm one more row, -Σ_i 1ᵀ e_i
-  const A* factors;       // [E, r, r]: upper triangular R_i
-  const A* means;         // [R], kLayerNorm only: s_i B_iᵀ 1 / N
-  const A* scales;        // [E]: s_i
-  const uint8_t* mask;    // [E] nonzero where an expert may be used, or null for all
-  bool mask_input;        // unused experts do not feed the gate either
-  A inv_tau;              // 1 / τ
-  A inv_width;            // 1 / N, kLayerNorm only
+  const A* projection;              // [R, E]: P; for kLayerNorm one more row, -Σ_i 1ᵀ e_i
+  const A* factors;                 // [E, r, r]: upper triangular R_i
+  const A* means;                   // [R], kLayerNorm only: s_i B_iᵀ 1 / N
+  const A* scales;                  // [E]: s_i
+  const uint8_t* mask;              // [E] nonzero where an expert may be used, or null for all
+  bool mask_input;                  // unused experts do not feed the gate either
+  A inv_tau;                        // 1 / τ
+  A inv_width;                      // 1 / N, kLayerNorm only
   MOELORA_HD int columns() const {  // of the normalised input
     return E * r + (normalization == Normalization::kLayerNorm ? 1 : 0);
   }
   MOELORA_HD bool feeds(int e) const { return !mask_input || !mask || mask[e]; }
 };
 
-constexpr double kNormEpsilon = 1e-12;       // least norm, as torch.nn.functional.normalize
-constexpr double kLayerNormEpsilon = 1e-5;   // as torch.nn.LayerNorm
+constexpr double kNormEpsilon = 1e-12;      // least norm, as torch.nn.functional.normalize
+constexpr double kLayerNormEpsilon = 1e-5;  // as torch.nn.LayerNorm
 
 // |R h|² of one expert, and coefficient Rᵀ R h added to dh.
 template <class A>
@@ -111,7 +111,8 @@ MOELORA_HD void normalize_row(const OutputGate<A>& g, const A* hidden, A* normal
         const A difference = g.feeds(e) ? mean_of_expert(g, e, hidden) - mean : A(0);
         spread += difference * difference;
       }
-      norm = std::sqrt((total * g.inv_width + spread) / feeding + static_cast<A>(kLayerNormEpsilon));
+      norm =
+          std::sqrt((total * g.inv_width + spread) / feeding + static_cast<A>(kLayerNormEpsilon));
       normalized[E * r] = mean / norm;
     }
     for (int e = 0; e < E; ++e) inverse[e] = 1 / (norm < least ? least : norm);

@@ -82,8 +82,11 @@ def averaged(
                 x, weight, bias, lora_down, lora_up, weights, scale, row_map=row_map,
                 splits=splits, base_output=base_output,
             )  # fmt: skip
+    # One row for a whole sequence: its factors are merged once for all of its tokens.
+    merged = row_map is None and weights.dim() - len(columns) < x.dim() - 1
     results = common.run_mixture(
         averaged_mixture, AveragedMixture, x, weight, bias, base_output, out_features,
         lora_down.contiguous(), lora_up.contiguous(), table, rows, splits, float(scale),
+        merged,
     )  # fmt: skip
     return results[0] if isinstance(results, tuple) else results
