@@ -12,7 +12,9 @@ cost more than the adapter.
 Letters: T tokens, K in_features, N out_features, E experts, r rank, k top-k.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -137,7 +139,27 @@ def topk_saved_size(tokens: int, num_experts: int, rank: int, top_k: int, stacke
     return tokens * (rows * rank + num_experts + 2 * top_k)
 
 
-@torch.library.register_fake("moelora_ops::topk_forward")
+def _register_fake(name: str) -> Callable[[Callable], Callable]:
+    """``torch.library.register_fake`` for functions whose tensors must share a device.
+
+    One meta tensor among real ones is enough for a fake to run instead of a kernel, silently.
+    """
+
+    def register(fake: Callable) -> Callable:
+        @functools.wraps(fake)
+        def checked(*arguments):
+            tensors = [a for a in arguments if isinstance(a, Tensor)]
+            if any(t.device != tensors[0].device for t in tensors):
+                devices = sorted({str(t.device) for t in tensors})
+                raise ValueError(f"{name}: wanted all tensors on one device, got {devices}")
+            return fake(*arguments)
+
+        return torch.library.register_fake(name)(checked)
+
+    return register
+
+
+@_register_fake("moelora_ops::topk_forward")
 def _topk_forward_fake(
     x, lora_down, lora_up, router, bias, seed, y, top_k, scale, renormalize, dropout,
     dropout_per_expert, stacked, accumulate,
@@ -152,7 +174,7 @@ def _topk_forward_fake(
     )
 
 
-@torch.library.register_fake("moelora_ops::topk_backward")
+@_register_fake("moelora_ops::topk_backward")
 def _topk_backward_fake(
     dy, x, lora_down, lora_up, router, seed, saved, dprob_sums, dx, top_k, scale, renormalize,
     dropout, dropout_per_expert, stacked, accumulate, need_dx, need_dparams,
@@ -174,7 +196,7 @@ def _gradients(wanted: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
     return tuple(p.new_empty(p.shape if wanted else (0,)) for p in parameters)
 
 
-@torch.library.register_fake("moelora_ops::gated_forward")
+@_register_fake("moelora_ops::gated_forward")
 def _gated_forward_fake(
     x, lora_down, down_bias, lora_up, up_bias, weights, row_map, bias, seed, y, scale, activation,
     dropout, accumulate,
@@ -182,7 +204,7 @@ def _gated_forward_fake(
     return _wide(x, _tokens(x), lora_down.shape[0] * lora_down.shape[1])
 
 
-@torch.library.register_fake("moelora_ops::gated_backward")
+@_register_fake("moelora_ops::gated_backward")
 def _gated_backward_fake(
     dy, x, lora_down, down_bias, lora_up, up_bias, weights, row_map, seed, hidden, dx, scale,
     activation, dropout, accumulate, need_dx, need_dparams, need_dweights,
@@ -195,7 +217,7 @@ def _gated_backward_fake(
     return dlora_down, ddown_bias, dlora_up, dup_bias, _wide(x, rows, weights.shape[1])
 
 
-@torch.library.register_fake("moelora_ops::grid_forward")
+@_register_fake("moelora_ops::grid_forward")
 def _grid_forward_fake(
     x, lora_down, lora_up, router, omega, beta, intuition, row_map, bias, y, token_scale,
     task_scale, diagonal, accumulate,
@@ -203,7 +225,7 @@ def _grid_forward_fake(
     return _wide(x, _tokens(x), lora_down.shape[0] + router.shape[0])
 
 
-@torch.library.register_fake("moelora_ops::grid_backward")
+@_register_fake("moelora_ops::grid_backward")
 def _grid_backward_fake(
     dy, x, lora_down, lora_up, router, omega, beta, intuition, row_map, hidden, dx, token_scale,
     task_scale, diagonal, accumulate, need_dx, need_dparams, need_dintuition,
@@ -215,7 +237,7 @@ def _grid_backward_fake(
     )
 
 
-@torch.library.register_fake("moelora_ops::averaged_forward")
+@_register_fake("moelora_ops::averaged_forward")
 def _averaged_forward_fake(
     x, lora_down, lora_up, weights, row_map, bias, y, splits, scale, merged, accumulate
 ):
@@ -223,7 +245,7 @@ def _averaged_forward_fake(
     return _wide(x, _tokens(x), rank if merged else splits * num_experts * rank)
 
 
-@torch.library.register_fake("moelora_ops::averaged_backward")
+@_register_fake("moelora_ops::averaged_backward")
 def _averaged_backward_fake(
     dy, x, lora_down, lora_up, weights, row_map, hidden, dx, splits, scale, merged, accumulate,
     need_dx, need_dparams, need_dweights,
@@ -232,7 +254,7 @@ def _averaged_backward_fake(
     return *_gradients(need_dparams, lora_down, lora_up), _wide(x, rows, weights.shape[1])
 
 
-@torch.library.register_fake("moelora_ops::output_gate_forward")
+@_register_fake("moelora_ops::output_gate_forward")
 def _output_gate_forward_fake(
     x, lora_down, lora_up, projection, factors, means, scales, tau, mask, bias, y, normalization,
     mask_input, accumulate,
@@ -241,7 +263,7 @@ def _output_gate_forward_fake(
     return _wide(x, _tokens(x), num_experts * rank), _wide(x, _tokens(x), num_experts)
 
 
-@torch.library.register_fake("moelora_ops::output_gate_backward")
+@_register_fake("moelora_ops::output_gate_backward")
 def _output_gate_backward_fake(
     dy, dgates, lora_down, lora_up, projection, factors, means, scales, tau, mask, hidden, gates,
     dx, normalization, mask_input, accumulate, need_dx,
@@ -250,21 +272,21 @@ def _output_gate_backward_fake(
     return _wide(dx, tokens, projection.shape[0]), _wide(dx, *gates.shape), _wide(dx, 1)
 
 
-@torch.library.register_fake("moelora_ops::shrink")
+@_register_fake("moelora_ops::shrink")
 def _shrink_fake(x: Tensor, rows: Tensor) -> Tensor:
     return _wide(x, *x.shape[:-1], rows.shape[0])
 
 
-@torch.library.register_fake("moelora_ops::expand")
+@_register_fake("moelora_ops::expand")
 def _expand_fake(hidden: Tensor, rows: Tensor, y: Tensor, accumulate: bool) -> None:
     pass
 
 
-@torch.library.register_fake("moelora_ops::outer")
+@_register_fake("moelora_ops::outer")
 def _outer_fake(hidden: Tensor, x: Tensor) -> Tensor:
     return x.new_empty((hidden.shape[-1], x.shape[-1]))
 
 
-@torch.library.register_fake("moelora_ops::small_linear")
+@_register_fake("moelora_ops::small_linear")
 def _small_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

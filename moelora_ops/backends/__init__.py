@@ -7,6 +7,7 @@ is the reference.
 
 import contextlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -142,7 +143,18 @@ def _unfit(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
 def _say_once(message: str) -> None:
     if message not in _said and not torch.compiler.is_compiling():
         _said.add(message)
-        warnings.warn(f"moelora_ops runs the slower plain PyTorch path: {message}", stacklevel=4)
+        warnings.warn(
+            f"moelora_ops runs the slower plain PyTorch path: {message}",
+            stacklevel=_callers_level(),
+        )
+
+
+def _callers_level() -> int:
+    """The stacklevel at which a warning of our caller points to code outside the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "moelora_ops":
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def available() -> Iterator[tuple[str, str]]:

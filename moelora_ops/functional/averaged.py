@@ -61,22 +61,27 @@ def averaged(
         x, weight, bias, lora_down, lora_up, base_output = common.autocast(
             low, x, weight, bias, lora_down, lora_up, base_output
         )
-    num_experts, _, in_features, out_features = common.check_experts(x, lora_down, lora_up)
-    common.check_tensors(
-        x, out_features, weight, bias, base_output, ("lora_down", lora_down, lora_down.shape),
-        ("lora_up", lora_up, lora_up.shape),
+    arguments = (
+        x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, base_output
     )  # fmt: skip
-    if isinstance(splits, bool) or not isinstance(splits, int) or splits < 1:
-        raise ValueError(f"splits: wanted an int of at least 1, got {splits!r}")
-    if in_features % splits or out_features % splits:
-        raise ValueError(
-            f"splits: wanted a divisor of in_features={in_features} and"
-            f" out_features={out_features}, got {splits}"
-        )
+    try:
+        return _run(*arguments)
+    except Exception as error:
+        failure = error
+    _check(*arguments)
+    raise failure
+
+
+def _run(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, base_output):
+    num_experts = lora_down.shape[0]
+    if not num_experts:
+        raise ValueError("lora_down: wanted at least one expert, got E = 0")
+    _check_splits(splits, lora_down.shape[-1], lora_up.shape[-1])
     columns = (num_experts,) if splits == 1 else (splits, num_experts)
     table, rows = common.row_weights("weights", weights, x, row_map, columns)
     common.check_finite("scale", scale)
     if common.uses_reference(x):
+        _check(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, base_output)
         with reference.no_autocast(x.device.type):
             return reference.averaged(
                 x, weight, bias, lora_down, lora_up, weights, scale, row_map=row_map,
@@ -85,8 +90,29 @@ def averaged(
     # One row for a whole sequence: its factors are merged once for all of its tokens.
     merged = row_map is None and weights.dim() - len(columns) < x.dim() - 1
     results = common.run_mixture(
-        averaged_mixture, AveragedMixture, x, weight, bias, base_output, out_features,
-        lora_down.contiguous(), lora_up.contiguous(), table, rows, splits, float(scale),
-        merged,
+        averaged_mixture, AveragedMixture, x, weight, bias, base_output, lora_up.shape[-1],
+        lora_down.contiguous(), lora_up.contiguous(), table, rows, splits, float(scale), merged,
     )  # fmt: skip
     return results[0] if isinstance(results, tuple) else results
+
+
+def _check(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, base_output):
+    num_experts, _, in_features, out_features = common.check_experts(x, lora_down, lora_up)
+    common.check_tensors(
+        x, out_features, weight, bias, base_output, ("lora_down", lora_down, lora_down.shape),
+        ("lora_up", lora_up, lora_up.shape),
+    )  # fmt: skip
+    _check_splits(splits, in_features, out_features)
+    columns = (num_experts,) if splits == 1 else (splits, num_experts)
+    common.row_weights("weights", weights, x, row_map, columns)
+    common.check_finite("scale", scale)
+
+
+def _check_splits(splits: int, in_features: int, out_features: int) -> None:
+    if isinstance(splits, bool) or not isinstance(splits, int) or splits < 1:
+        raise ValueError(f"splits: wanted an int of at least 1, got {splits!r}")
+    if in_features % splits or out_features % splits:
+        raise ValueError(
+            f"splits: wanted a divisor of in_features={in_features} and"
+            f" out_features={out_features}, got {splits}"
+        )

@@ -71,6 +71,54 @@ def gated(
         x, weight, bias, lora_down, lora_up, down_bias, up_bias, base_output = common.autocast(
             low, x, weight, bias, lora_down, lora_up, down_bias, up_bias, base_output
         )
+    arguments = (
+        x, weight, bias, lora_down, lora_up, weights, scale, activation, row_map, down_bias,
+        up_bias, dropout, seed, base_output,
+    )  # fmt: skip
+    try:
+        return _run(*arguments)
+    except Exception as error:
+        failure = error
+    _check(*arguments)
+    raise failure
+
+
+def _run(
+    x, weight, bias, lora_down, lora_up, weights, scale, activation, row_map, down_bias, up_bias,
+    dropout, seed, base_output,
+):  # fmt: skip
+    num_experts = lora_down.shape[0]
+    if not num_experts:
+        raise ValueError("lora_down: wanted at least one expert, got E = 0")
+    common.check_dropout(dropout)
+    table, rows = common.row_weights("weights", weights, x, row_map, (num_experts,))
+    scale = common.expert_scales(scale, num_experts, x)
+    if common.uses_reference(x):
+        _check(
+            x, weight, bias, lora_down, lora_up, weights, scale, activation, row_map, down_bias,
+            up_bias, dropout, seed, base_output,
+        )  # fmt: skip
+        with reference.no_autocast(x.device.type):
+            return reference.gated(
+                x, weight, bias, lora_down, lora_up, weights, scale, activation=activation,
+                row_map=row_map, down_bias=down_bias, up_bias=up_bias, dropout=dropout, seed=seed,
+                base_output=base_output,
+            )  # fmt: skip
+    if isinstance(scale, Tensor):
+        table, scale = table * scale, 1.0
+    results = common.run_mixture(
+        gated_mixture, GatedMixture, x, weight, bias, base_output, lora_up.shape[-1],
+        lora_down.contiguous(), None if down_bias is None else down_bias.contiguous(),
+        lora_up.contiguous(), None if up_bias is None else up_bias.contiguous(), table, rows, seed,
+        float(scale), ops.ACTIVATIONS[activation], dropout,
+    )  # fmt: skip
+    return results[0] if isinstance(results, tuple) else results
+
+
+def _check(
+    x, weight, bias, lora_down, lora_up, weights, scale, activation, row_map, down_bias, up_bias,
+    dropout, seed, base_output,
+) -> None:  # fmt: skip
     num_experts, rank, _, out_features = common.check_experts(x, lora_down, lora_up)
     biases = [("down_bias", down_bias, (num_experts, rank))] if down_bias is not None else []
     if up_bias is not None:
@@ -82,21 +130,5 @@ def gated(
     common.check_one_of("activation", activation, common.ACTIVATIONS)
     common.check_dropout(dropout)
     common.check_seed(seed, dropout, x.device)
-    table, rows = common.row_weights("weights", weights, x, row_map, (num_experts,))
-    scale = common.expert_scales(scale, num_experts, x)
-    if common.uses_reference(x):
-        with reference.no_autocast(x.device.type):
-            return reference.gated(
-                x, weight, bias, lora_down, lora_up, weights, scale, activation=activation,
-                row_map=row_map, down_bias=down_bias, up_bias=up_bias, dropout=dropout, seed=seed,
-                base_output=base_output,
-            )  # fmt: skip
-    if isinstance(scale, Tensor):
-        table, scale = table * scale, 1.0
-    results = common.run_mixture(
-        gated_mixture, GatedMixture, x, weight, bias, base_output, out_features,
-        lora_down.contiguous(), None if down_bias is None else down_bias.contiguous(),
-        lora_up.contiguous(), None if up_bias is None else up_bias.contiguous(), table, rows, seed,
-        float(scale), ops.ACTIVATIONS[activation], dropout,
-    )  # fmt: skip
-    return results[0] if isinstance(results, tuple) else results
+    common.row_weights("weights", weights, x, row_map, (num_experts,))
+    common.expert_scales(scale, num_experts, x)

@@ -77,6 +77,52 @@ def mola(
         x, weight, bias, lora_down, lora_up, router, base_output = common.autocast(
             low, x, weight, bias, lora_down, lora_up, router, base_output
         )
+    arguments = (
+        x, weight, bias, lora_down, lora_up, router, top_k, scale, renormalize, dropout,
+        dropout_mode, seed, base_output, strategy,
+    )  # fmt: skip
+    try:
+        y, routing = _run(*arguments)
+    except Exception as error:
+        failure = error
+    else:
+        return (y, routing) if return_routing else y
+    _check(*arguments)
+    raise failure
+
+
+def _run(
+    x, weight, bias, lora_down, lora_up, router, top_k, scale, renormalize, dropout, dropout_mode,
+    seed, base_output, strategy,
+):  # fmt: skip
+    num_experts = lora_down.shape[0]
+    common.check_top_k(top_k, num_experts)
+    common.check_finite("scale", scale)
+    common.check_dropout(dropout, dropout_mode)
+    if common.uses_reference(x):
+        _check(
+            x, weight, bias, lora_down, lora_up, router, top_k, scale, renormalize, dropout,
+            dropout_mode, seed, base_output, strategy,
+        )  # fmt: skip
+        with reference.no_autocast(x.device.type):
+            return reference.mola(
+                x, weight, bias, lora_down, lora_up, router, top_k, scale, renormalize,
+                dropout=dropout, dropout_mode=dropout_mode, seed=seed, base_output=base_output,
+            )  # fmt: skip
+    common.check_one_of("strategy", strategy, ops.STRATEGIES)
+    y, *_, counts, prob_sums = common.run_mixture(
+        topk_mixture, TopkMixture, x, weight, bias, base_output, lora_up.shape[-1],
+        lora_down.contiguous(), lora_up.contiguous(), router.contiguous(), seed, top_k, scale,
+        renormalize, dropout, dropout_mode == "expert",
+        ops.is_stacked(strategy, num_experts, top_k),
+    )  # fmt: skip
+    return y, Routing(counts, prob_sums)
+
+
+def _check(
+    x, weight, bias, lora_down, lora_up, router, top_k, scale, renormalize, dropout, dropout_mode,
+    seed, base_output, strategy,
+) -> None:  # fmt: skip
     num_experts, _, in_features, out_features = common.check_experts(x, lora_down, lora_up)
     common.check_tensors(
         x, out_features, weight, bias, base_output, ("lora_down", lora_down, lora_down.shape),
@@ -87,17 +133,3 @@ def mola(
     common.check_dropout(dropout, dropout_mode)
     common.check_seed(seed, dropout, x.device)
     common.check_one_of("strategy", strategy, ops.STRATEGIES)
-    if common.uses_reference(x):
-        with reference.no_autocast(x.device.type):
-            y, routing = reference.mola(
-                x, weight, bias, lora_down, lora_up, router, top_k, scale, renormalize,
-                dropout=dropout, dropout_mode=dropout_mode, seed=seed, base_output=base_output,
-            )  # fmt: skip
-        return (y, routing) if return_routing else y
-    y, *_, counts, prob_sums = common.run_mixture(
-        topk_mixture, TopkMixture, x, weight, bias, base_output, out_features,
-        lora_down.contiguous(), lora_up.contiguous(), router.contiguous(), seed, top_k, scale,
-        renormalize, dropout, dropout_mode == "expert",
-        ops.is_stacked(strategy, num_experts, top_k),
-    )  # fmt: skip
-    return (y, Routing(counts, prob_sums)) if return_routing else y

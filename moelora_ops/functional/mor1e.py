@@ -69,6 +69,50 @@ def mor1e(
         x, weight, bias, lora_down, lora_up, router, omega, beta, base_output = common.autocast(
             low, x, weight, bias, lora_down, lora_up, router, omega, beta, base_output
         )
+    arguments = (
+        x, weight, bias, lora_down, lora_up, router, omega, beta, intuition, token_scale,
+        task_scale, mode, row_map, base_output,
+    )  # fmt: skip
+    try:
+        return _run(*arguments)
+    except Exception as error:
+        failure = error
+    _check(*arguments)
+    raise failure
+
+
+def _run(
+    x, weight, bias, lora_down, lora_up, router, omega, beta, intuition, token_scale, task_scale,
+    mode, row_map, base_output,
+):  # fmt: skip
+    common.check_one_of("mode", mode, MODES)
+    common.check_finite("token_scale", token_scale)
+    common.check_finite("task_scale", task_scale)
+    table = rows_of = None
+    if intuition is not None:
+        table, rows_of = common.row_weights("intuition", intuition, x, row_map, (router.shape[0],))
+    if common.uses_reference(x):
+        _check(
+            x, weight, bias, lora_down, lora_up, router, omega, beta, intuition, token_scale,
+            task_scale, mode, row_map, base_output,
+        )  # fmt: skip
+        with reference.no_autocast(x.device.type):
+            return reference.mor1e(
+                x, weight, bias, lora_down, lora_up, router, omega, beta, intuition, token_scale,
+                task_scale, mode=mode, row_map=row_map, base_output=base_output,
+            )  # fmt: skip
+    results = common.run_mixture(
+        grid_mixture, GridMixture, x, weight, bias, base_output, lora_up.shape[-1],
+        lora_down.contiguous(), lora_up.contiguous(), router.contiguous(), omega, beta, table,
+        rows_of, float(token_scale), float(task_scale), mode == "rank1",
+    )  # fmt: skip
+    return results[0] if isinstance(results, tuple) else results
+
+
+def _check(
+    x, weight, bias, lora_down, lora_up, router, omega, beta, intuition, token_scale, task_scale,
+    mode, row_map, base_output,
+) -> None:  # fmt: skip
     common.check_one_of("mode", mode, MODES)
     common.check_input(x)
     for name, rows, columns in (("lora_down", lora_down, "in"), ("lora_up", lora_up, "out")):
@@ -96,18 +140,5 @@ def mor1e(
     )  # fmt: skip
     common.check_finite("token_scale", token_scale)
     common.check_finite("task_scale", task_scale)
-    table = rows_of = None
     if intuition is not None:
-        table, rows_of = common.row_weights("intuition", intuition, x, row_map, (gates,))
-    if common.uses_reference(x):
-        with reference.no_autocast(x.device.type):
-            return reference.mor1e(
-                x, weight, bias, lora_down, lora_up, router, omega, beta, intuition, token_scale,
-                task_scale, mode=mode, row_map=row_map, base_output=base_output,
-            )  # fmt: skip
-    results = common.run_mixture(
-        grid_mixture, GridMixture, x, weight, bias, base_output, out_features,
-        lora_down.contiguous(), lora_up.contiguous(), router.contiguous(), omega, beta, table,
-        rows_of, float(token_scale), float(task_scale), mode == "rank1",
-    )  # fmt: skip
-    return results[0] if isinstance(results, tuple) else results
+        common.row_weights("intuition", intuition, x, row_map, (gates,))
