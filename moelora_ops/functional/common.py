@@ -18,16 +18,17 @@ ACTIVATIONS = tuple(ops.ACTIVATIONS)
 # ---------------------------------------------------------------- autocast
 
 
-_autocast_exists: dict[str, bool] = {}
+_AUTOCAST_DEVICES = frozenset(
+    device_type
+    for device_type in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla")
+    if torch.amp.is_autocast_available(device_type)
+)
 
 
 def autocast_dtype(x: Any) -> torch.dtype | None:
     """What autocast computes in on x's device; None where it is off."""
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    exists = _autocast_exists.get(device_type)
-    if exists is None:
-        exists = _autocast_exists[device_type] = torch.amp.is_autocast_available(device_type)
-    if exists and torch.is_autocast_enabled(device_type):
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
