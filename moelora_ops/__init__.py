@@ -17,7 +17,7 @@ from .configs import (
     PolytroponConfig,
 )
 from .intuition import intuition
-from .models import apply, fuse
+from .models import adapter_parameters, apply, fuse
 from .nn.mole import sequence_mask, set_expert_mask
 from .nn.tasks import prompt_mask, task_ids
 from .pemt import pemt_source, source_weights, task_sparsity_loss
@@ -33,6 +33,7 @@ __all__ = [
     "PEMTSourceConfig",
     "PolytroponConfig",
     "__version__",
+    "adapter_parameters",
     "apply",
     "aux_loss",
     "functional",
