@@ -28,6 +28,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Rows of a product that one thread takes at least.
 constexpr int64_t kRowUnit = 8;
+// Elements that one thread converts at least.
+constexpr int64_t kConvertUnit = 1 << 14;
 
 // x to hidden to mixed to y; the lists hold one product per window of columns.
 template <class Mix>
@@ -523,11 +525,11 @@ struct Segments {
 Tensor widened(const Tensor& t) {
   if (accumulator_of(t) == t.scalar_type()) return t;
   Tensor out = empty(shape_of(t), accumulator_of(t));
-  with_element(dtype_of(t), [&](auto element) {
-    using T = decltype(element);
-    const T* from = static_cast<const T*>(t.const_data_ptr());
-    for (int64_t i = 0; i < t.numel(); ++i)
-      data<moelora::acc_t<T>>(out)[i] = moelora::to_acc(from[i]);
+  const DenseKernels& kernels = moelora::kernels(dtype_of(t)).dense;
+  const int64_t from = t.element_size(), to = out.element_size();
+  split(t.numel(), kConvertUnit, [&](int64_t begin, int64_t end) {
+    kernels.widen(static_cast<const char*>(t.const_data_ptr()) + begin * from, end - begin,
+                  data<char>(out) + begin * to);
   });
   return out;
 }
@@ -535,10 +537,11 @@ Tensor widened(const Tensor& t) {
 Tensor rounded(const Tensor& t, const Tensor& like) {
   if (t.scalar_type() == like.scalar_type()) return t;
   Tensor out = empty(shape_of(t), like.scalar_type());
-  with_element(dtype_of(like), [&](auto element) {
-    using T = decltype(element);
-    const auto* from = static_cast<const moelora::acc_t<T>*>(t.const_data_ptr());
-    for (int64_t i = 0; i < t.numel(); ++i) data<T>(out)[i] = moelora::from_acc<T>(from[i]);
+  const DenseKernels& kernels = moelora::kernels(dtype_of(like)).dense;
+  const int64_t from = t.element_size(), to = out.element_size();
+  split(t.numel(), kConvertUnit, [&](int64_t begin, int64_t end) {
+    kernels.round(static_cast<const char*>(t.const_data_ptr()) + begin * from, end - begin,
+                  data<char>(out) + begin * to);
   });
   return out;
 }
@@ -639,26 +642,29 @@ class Merged {
     Tensor out = empty(shape_of(weights), weights.scalar_type());
     with_element(dtype_of(weights), [&](auto element) {
       using A = decltype(element);
-      if constexpr (std::is_floating_point_v<A>)
-        for (int64_t i = 0; i < weights.numel(); ++i)
-          data<A>(out)[i] =
-              static_cast<A>(c.mix.scale) * static_cast<const A*>(weights.const_data_ptr())[i];
+      if constexpr (std::is_floating_point_v<A>) {
+        const A* from = static_cast<const A*>(weights.const_data_ptr());
+        A* to = data<A>(out);
+        for (int64_t i = 0; i < rows * Q * E; ++i) to[i] = static_cast<A>(c.mix.scale) * from[i];
+      }
     });
     return out;
   }
   void sum_shares(const Tensor& shares, const Tensor& dweights) const {
     with_element(dtype_of(dweights), [&](auto element) {
       using A = decltype(element);
-      if constexpr (std::is_floating_point_v<A>)
+      if constexpr (std::is_floating_point_v<A>) {
+        const A* share = data<A>(shares);
+        A* out = data<A>(dweights);
         for (int64_t row = 0; row < rows; ++row)
           for (int64_t q = 0; q < Q; ++q)
             for (int64_t e = 0; e < E; ++e) {
               double down_sum = 0, up_sum = 0;
               for (int64_t j = 0; j < 2 * r; ++j)
-                (j < r ? down_sum : up_sum) += data<A>(shares)[((j * Q + q) * rows + row) * E + e];
-              data<A>(dweights)[(row * Q + q) * E + e] =
-                  static_cast<A>(down_sum + c.mix.scale * up_sum);
+                (j < r ? down_sum : up_sum) += share[((j * Q + q) * rows + row) * E + e];
+              *out++ = static_cast<A>(down_sum + c.mix.scale * up_sum);
             }
+      }
     });
   }
   // Row j, segment q of the first of some matrices [r, columns].
@@ -823,8 +829,23 @@ std::tuple<Tensor, Tensor, Tensor> averaged_backward(
 
 // ---------------------------------------------------------------- output gate
 
+// `count` matrices [rows, columns] transposed.
+Tensor transposed(const Tensor& matrices, int64_t count, int64_t rows, int64_t columns) {
+  Tensor out = empty({count, columns, rows}, matrices.scalar_type());
+  with_element(dtype_of(matrices), [&](auto element) {
+    using T = decltype(element);
+    const T* from = static_cast<const T*>(matrices.const_data_ptr());
+    T* to = data<T>(out);
+    for (int64_t m = 0; m < count; ++m, from += rows * columns, to += rows * columns)
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) to[j * rows + i] = from[i * columns + j];
+  });
+  return out;
+}
+
 struct OutputGateCall {
   Experts e;
+  Tensor projection_t, factors_t;
   OutputGating mix{};
   RowBlock down, up;
 };
@@ -833,8 +854,7 @@ OutputGateCall output_gate_call(const Tensor& x, const Tensor& lora_down, const 
                                 const OptionalTensor& means, const Tensor& scales,
                                 const Tensor& tau, const OptionalTensor& mask,
                                 int64_t normalization, bool mask_input) {
-  OutputGateCall c;
-  c.e = experts_of(x, lora_down, lora_up);
+  OutputGateCall c{experts_of(x, lora_down, lora_up), projection, factors};
   const Experts& e = c.e;
   STD_TORCH_CHECK(0 <= normalization && normalization < moelora::kNormalizations,
                   "normalization: is no normalization");
@@ -844,6 +864,10 @@ OutputGateCall output_gate_call(const Tensor& x, const Tensor& lora_down, const 
   c.mix.mask_input = mask_input;
   c.mix.projection = read_wide(projection, x, {c.mix.input_columns(), e.E}, "projection");
   c.mix.factors = read_wide(factors, x, {e.E, e.r, e.r}, "factors");
+  c.projection_t = transposed(projection, 1, c.mix.input_columns(), e.E);
+  c.factors_t = transposed(factors, e.E, e.r, e.r);
+  c.mix.projection_t = read(c.projection_t);
+  c.mix.factors_t = read(c.factors_t);
   STD_TORCH_CHECK(means || c.mix.normalization != moelora::Normalization::kLayerNorm,
                   "means: layernorm needs them");
   c.mix.means = read_wide(means, x, {e.E * e.r}, "means");

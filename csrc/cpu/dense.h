@@ -82,6 +82,20 @@ class DenseProducts {
     }
   }
 
+  static void widen(const void* from, int64_t n, void* to) {
+    A* out = static_cast<A*>(to);
+    int64_t i = 0;
+    for (; i + kLanes<A> <= n; i += kLanes<A>) store(out + i, load(in(from) + i));
+    for (; i < n; ++i) out[i] = to_acc(in(from)[i]);
+  }
+  static void round(const void* from, int64_t n, void* to) {
+    const A* values = static_cast<const A*>(from);
+    T* out = static_cast<T*>(to);
+    int64_t i = 0;
+    for (; i + kLanes<A> <= n; i += kLanes<A>) store(out + i, load(values + i));
+    for (; i < n; ++i) out[i] = from_acc<T>(values[i]);
+  }
+
   // Gradients of the rows, columns [c0, c1), as O: T or its accumulator.
   template <class O>
   static void outer(const DenseOuter& p, int64_t c0, int64_t c1) {
@@ -264,7 +278,9 @@ struct Mixes {
             m.r,
             m.normalization,
             at(m.projection, 0),
+            at(m.projection_t, 0),
             at(m.factors, 0),
+            at(m.factors_t, 0),
             at(m.means, 0),
             at(m.scales, 0),
             m.mask,
@@ -275,23 +291,23 @@ struct Mixes {
   static void output_gate_forward(const OutputGating& m, int64_t t0, int64_t t1) {
     static thread_local Scratch<A> scratch;
     const OutputGate<A> gate = gate_of(m);
-    A *normalized = scratch.take(m.input_columns() + m.E),
-      *inverse = normalized + m.input_columns();
+    A* normalized = scratch.take(m.input_columns() + m.E + m.hidden_columns());
+    A *inverse = normalized + m.input_columns(), *rotated = inverse + m.E;
     for (int64_t t = t0; t < t1; ++t)
       output_gate_forward_row(gate, at(m.hidden, t * m.hidden_columns()), at(m.gates, t * m.E),
-                              at(m.mixed, t * m.mixed_columns()), normalized, inverse);
+                              at(m.mixed, t * m.mixed_columns()), normalized, inverse, rotated);
   }
   static void output_gate_backward(const OutputGating& m, int64_t t0, int64_t t1) {
     static thread_local Scratch<A> scratch;
     const OutputGate<A> gate = gate_of(m);
-    A *dnormalized = scratch.take(m.input_columns() + m.E),
-      *inverse = dnormalized + m.input_columns();
+    A* dnormalized = scratch.take(m.input_columns() + m.E + m.hidden_columns());
+    A *inverse = dnormalized + m.input_columns(), *rotated = inverse + m.E;
     for (int64_t t = t0; t < t1; ++t)
-      *at(m.dtau, t) =
-          output_gate_backward_row(gate, at(m.hidden, t * m.hidden_columns()), at(m.gates, t * m.E),
-                                   at(m.dmixed, t * m.mixed_columns()), at(m.dgates, t * m.E),
-                                   at(m.normalized, t * m.input_columns()), at(m.dlogits, t * m.E),
-                                   at(m.dhidden, t * m.hidden_columns()), inverse, dnormalized);
+      *at(m.dtau, t) = output_gate_backward_row(
+          gate, at(m.hidden, t * m.hidden_columns()), at(m.gates, t * m.E),
+          at(m.dmixed, t * m.mixed_columns()), at(m.dgates, t * m.E),
+          at(m.normalized, t * m.input_columns()), at(m.dlogits, t * m.E),
+          at(m.dhidden, t * m.hidden_columns()), inverse, dnormalized, rotated);
   }
 };
 
@@ -303,6 +319,8 @@ constexpr DenseKernels dense_table() {
           D::expand,
           D::template outer<T>,
           D::template outer<acc_t<T>>,
+          D::widen,
+          D::round,
           {M::gated_forward, M::gated_backward},
           {M::grid_forward, M::grid_backward},
           {M::averaged_forward, M::averaged_backward},

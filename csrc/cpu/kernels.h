@@ -163,9 +163,10 @@ struct Averaged {
 struct OutputGating {
   int E, r;
   Normalization normalization;
-  double tau, width;                                  // width: N
-  const void *projection, *factors, *means, *scales;  // A, see mix/output_gate.h
-  const uint8_t* mask;                                // [E] or null
+  double tau, width;  // width: N
+  // A, see mix/output_gate.h
+  const void *projection, *projection_t, *factors, *factors_t, *means, *scales;
+  const uint8_t* mask;  // [E] or null
   bool mask_input;
   void *hidden, *mixed;
   void* gates;  // A [T, E]
@@ -194,6 +195,9 @@ struct DenseKernels {
   void (*expand)(const DenseExpand&, int64_t t0, int64_t t1, int64_t c0, int64_t c1);
   void (*outer)(const DenseOuter&, int64_t c0, int64_t c1);
   void (*outer_wide)(const DenseOuter&, int64_t c0, int64_t c1);  // writes A
+  // n elements to the accumulator's type and back.
+  void (*widen)(const void* from, int64_t n, void* to);
+  void (*round)(const void* from, int64_t n, void* to);
   MixKernels<Gated> gated;
   MixKernels<Grid> grid;
   MixKernels<Averaged> averaged;

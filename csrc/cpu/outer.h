@@ -154,7 +154,8 @@ void outer(int64_t n, const T** v, const acc_t<T>* const* coefficient, int rows,
     auto* h = word_scratch.take(steps * count);
     O::pack(coefficient, n, first, count, h);
     A* o = out + first * ldo;
-    // Short sums added to long ones err less; beside the rounding of a 16-bit result it does not show.
+    // Short sums added to long ones err less; beside the rounding of a 16-bit result it does not
+    // show.
     constexpr int64_t kSteps = (sizeof(T) < 4 ? 256 : 64) / O::kTokensPerStep;
     for (int64_t c = c0; c < whole; c += O::kColumns)
       for (int64_t q = 0; q < steps; q += kSteps)

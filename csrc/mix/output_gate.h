@@ -24,7 +24,9 @@ struct OutputGate {
   int E, r;
   Normalization normalization;
   const A* projection;              // [R, E]: P; for kLayerNorm one more row, -Σ_i 1ᵀ e_i
+  const A* projection_t;            // its transpose
   const A* factors;                 // [E, r, r]: upper triangular R_i
+  const A* factors_t;               // their transposes
   const A* means;                   // [R], kLayerNorm only: s_i B_iᵀ 1 / N
   const A* scales;                  // [E]: s_i
   const uint8_t* mask;              // [E] nonzero where an expert may be used, or null for all
@@ -40,23 +42,25 @@ struct OutputGate {
 constexpr double kNormEpsilon = 1e-12;      // least norm, as torch.nn.functional.normalize
 constexpr double kLayerNormEpsilon = 1e-5;  // as torch.nn.LayerNorm
 
-// |R h|² of one expert, and coefficient Rᵀ R h added to dh.
+// z = R h, an expert's output in an orthonormal basis; |z|² is returned.  Loops run along
+// contiguous memory with independent sums, so that they vectorise.
+//   factor_t [r, r]: Rᵀ
+//   z        [r] out
 template <class A>
-MOELORA_HD A squared_norm(const A* factor, const A* h, int r) {
+MOELORA_HD A rotate(const A* factor_t, const A* h, int r, A* z) {
+  for (int i = 0; i < r; ++i) z[i] = 0;
+  for (int j = 0; j < r; ++j)
+    for (int i = 0; i < r; ++i) z[i] += factor_t[j * r + i] * h[j];
   A total = 0;
-  for (int i = 0; i < r; ++i) {
-    A sum = 0;
-    for (int j = i; j < r; ++j) sum += factor[i * r + j] * h[j];
-    total += sum * sum;
-  }
+  for (int i = 0; i < r; ++i) total += z[i] * z[i];
   return total;
 }
+// dh += coefficient Rᵀ z.
 template <class A>
-MOELORA_HD void add_norm_gradient(const A* factor, const A* h, int r, A coefficient, A* dh) {
+MOELORA_HD void add_rotated_back(const A* factor, const A* z, int r, A coefficient, A* dh) {
   for (int i = 0; i < r; ++i) {
-    A sum = 0;
-    for (int j = i; j < r; ++j) sum += factor[i * r + j] * h[j];
-    for (int j = i; j < r; ++j) dh[j] += coefficient * sum * factor[i * r + j];
+    const A scaled = coefficient * z[i];
+    for (int j = 0; j < r; ++j) dh[j] += scaled * factor[i * r + j];
   }
 }
 
@@ -86,11 +90,15 @@ MOELORA_HD int count_feeding(const OutputGate<A>& g) {
 // kLayerNorm the mean over it as one more column.
 //   normalized [columns()] out
 //   inverse    [E] out: 1 / norm per expert, 0 where it does not feed the gate
+//   rotated    [R] out: R_e H_e, unless without normalisation
 template <class A>
-MOELORA_HD void normalize_row(const OutputGate<A>& g, const A* hidden, A* normalized, A* inverse) {
+MOELORA_HD void normalize_row(const OutputGate<A>& g, const A* hidden, A* normalized, A* inverse,
+                              A* rotated) {
   const int E = g.E, r = g.r;
   const A least = static_cast<A>(kNormEpsilon);
-  const auto square = [&](int e) { return squared_norm(g.factors + e * r * r, hidden + e * r, r); };
+  const auto square = [&](int e) {
+    return rotate(g.factors_t + e * r * r, hidden + e * r, r, rotated + e * r);
+  };
   if (g.normalization == Normalization::kNone) {
     for (int e = 0; e < E; ++e) inverse[e] = 1;
   } else if (g.normalization == Normalization::kL2PerExpert) {
@@ -128,12 +136,12 @@ MOELORA_HD void normalize_row(const OutputGate<A>& g, const A* hidden, A* normal
 //   hidden     [R]
 //   gates      [E] out: softmax(ε / τ) over the experts that may be used
 //   mixed      [R] out: s_e g_e H_e
-//   normalized [columns()], inverse [E] scratch
+//   normalized [columns()], inverse [E], rotated [R] scratch
 template <class A>
 MOELORA_HD void output_gate_forward_row(const OutputGate<A>& g, const A* hidden, A* gates, A* mixed,
-                                        A* normalized, A* inverse) {
+                                        A* normalized, A* inverse, A* rotated) {
   const int E = g.E, r = g.r, columns = g.columns();
-  normalize_row(g, hidden, normalized, inverse);
+  normalize_row(g, hidden, normalized, inverse, rotated);
   A* logits = inverse;  // not needed again
   for (int n = 0; n < E; ++n) logits[n] = 0;
   for (int c = 0; c < columns;) {  // expert by expert: short sums err less
@@ -156,13 +164,13 @@ MOELORA_HD void output_gate_forward_row(const OutputGate<A>& g, const A* hidden,
 //   dlogits    [E] out: gradient of ε
 //   dhidden    [R] out
 //   returns this token's share of dτ
-//   inverse [E], dnormalized [columns()] scratch
+//   inverse [E], dnormalized [columns()], rotated [R] scratch
 template <class A>
 MOELORA_HD A output_gate_backward_row(const OutputGate<A>& g, const A* hidden, const A* gates,
                                       const A* dmixed, const A* dgates, A* normalized, A* dlogits,
-                                      A* dhidden, A* inverse, A* dnormalized) {
+                                      A* dhidden, A* inverse, A* dnormalized, A* rotated) {
   const int E = g.E, r = g.r, columns = g.columns();
-  normalize_row(g, hidden, normalized, inverse);
+  normalize_row(g, hidden, normalized, inverse, rotated);
   // Through the mix into gates and hidden.
   A* dgate = dnormalized;  // columns() >= E, and needed only until dlogits is known
   for (int e = 0; e < E; ++e) {
@@ -182,11 +190,10 @@ MOELORA_HD A output_gate_backward_row(const OutputGate<A>& g, const A* hidden, c
     dlogits[n] *= g.inv_tau;
   }
   // Through the product with P.
-  for (int c = 0; c < columns; ++c) {
-    A sum = 0;
-    for (int n = 0; n < E; ++n) sum += dlogits[n] * g.projection[c * E + n];
-    dnormalized[c] = sum;
-  }
+  for (int c = 0; c < columns; ++c) dnormalized[c] = 0;
+  for (int n = 0; n < E; ++n)
+    for (int c = 0; c < columns; ++c)
+      dnormalized[c] += dlogits[n] * g.projection_t[n * columns + c];
   // Through the norm ν: with u = H / ν, dH = du / ν - (Σ du u) dν/dH / ν.
   const bool layer_norm = g.normalization == Normalization::kLayerNorm;
   const int feeding = count_feeding(g);
@@ -195,7 +202,6 @@ MOELORA_HD A output_gate_backward_row(const OutputGate<A>& g, const A* hidden, c
   for (int c = 0; c < columns; ++c) along_all += dnormalized[c] * normalized[c];
   for (int e = 0; e < E; ++e) {
     if (!g.feeds(e)) continue;
-    const A* h = hidden + e * r;
     A* dh = dhidden + e * r;
     A along = along_all;
     if (g.normalization == Normalization::kL2PerExpert) {
@@ -208,7 +214,7 @@ MOELORA_HD A output_gate_backward_row(const OutputGate<A>& g, const A* hidden, c
     if (!layer_norm && inverse[e] >= 1 / static_cast<A>(kNormEpsilon)) continue;
     const A square = inverse[e] * inverse[e];
     const A share = layer_norm ? g.inv_width / feeding : A(1);
-    add_norm_gradient(g.factors + e * r * r, h, r, -along * square * share, dh);
+    add_rotated_back(g.factors + e * r * r, rotated + e * r, r, -along * square * share, dh);
     if (!layer_norm) continue;
     const A difference = mean_of_expert(g, e, hidden) - mean;
     const A dmean = (dnormalized[E * r] * inverse[e] - along * square * difference) / feeding;
