@@ -39,6 +39,12 @@ inline ScalarType accumulator_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Of a tensor that the kernels take.  Tensor::element_size is no part of torch 2.10's stable ABI.
+inline int64_t element_size(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
 // A contiguous CPU tensor straight from the allocator: through the dispatcher, as
 // torch::stable::empty goes, each costs more than the routing of a token.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {

@@ -487,7 +487,7 @@ struct Segments {
   Segments(const AveragedCall& c, const Tensor& x)
       : Q(c.Q),
         count(c.e.E * c.e.r),
-        element(x.element_size()),
+        element(element_size(x)),
         wide(accumulator_of(x) == ScalarType::Double ? 8 : 4) {}
 
   RowBlock rows(const void* matrix, int64_t columns, int64_t q) const {
@@ -526,7 +526,7 @@ Tensor widened(const Tensor& t) {
   if (accumulator_of(t) == t.scalar_type()) return t;
   Tensor out = empty(shape_of(t), accumulator_of(t));
   const DenseKernels& kernels = moelora::kernels(dtype_of(t)).dense;
-  const int64_t from = t.element_size(), to = out.element_size();
+  const int64_t from = element_size(t), to = element_size(out);
   split(t.numel(), kConvertUnit, [&](int64_t begin, int64_t end) {
     kernels.widen(static_cast<const char*>(t.const_data_ptr()) + begin * from, end - begin,
                   data<char>(out) + begin * to);
@@ -538,7 +538,7 @@ Tensor rounded(const Tensor& t, const Tensor& like) {
   if (t.scalar_type() == like.scalar_type()) return t;
   Tensor out = empty(shape_of(t), like.scalar_type());
   const DenseKernels& kernels = moelora::kernels(dtype_of(like)).dense;
-  const int64_t from = t.element_size(), to = out.element_size();
+  const int64_t from = element_size(t), to = element_size(out);
   split(t.numel(), kConvertUnit, [&](int64_t begin, int64_t end) {
     kernels.round(static_cast<const char*>(t.const_data_ptr()) + begin * from, end - begin,
                   data<char>(out) + begin * to);
@@ -622,7 +622,7 @@ class Merged {
   // The merged factors of one row, or their gradients.
   RowBlock of_row(const Tensor& merged, int64_t columns, int64_t row) const {
     return {static_cast<const char*>(merged.const_data_ptr()) +
-                row * r * columns * merged.element_size(),
+                row * r * columns * element_size(merged),
             r, columns};
   }
 
@@ -742,9 +742,9 @@ std::tuple<Tensor, Tensor, Tensor> merged_backward(const AveragedCall& c, const 
                                 int64_t row) {
     const int64_t first = row * c.mix.row.tokens_per_row;
     of.T = e.T ? c.mix.row.tokens_per_row : 0;
-    of.v = static_cast<const char*>(of.v) + first * of.ldv * x.element_size();
+    of.v = static_cast<const char*>(of.v) + first * of.ldv * element_size(x);
     return outer_of(of, m.of_row(out, of.C, row), {},
-                    data<char>(coefficients) + first * e.r * coefficients.element_size());
+                    data<char>(coefficients) + first * e.r * element_size(coefficients));
   };
   if (wanted) {
     split(e.N, kColumnUnit, [&](int64_t c0, int64_t c1) {
