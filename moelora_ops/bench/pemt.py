@@ -214,8 +214,7 @@ PEMT = Method(
         + 2 * case.tokens * case.out_features * DTYPES[case.dtype].itemsize
         + 64 * case.tokens * case.experts
     ),
-    # The paper's own form: its bfloat16 gate gradient is a difference of large sums and errs most.
-    plain="expert-loop",
+    plain="stacked",
     variants=(
         Variant("stacked", _plain(StackedPEMTLinear)),
         Variant("stacked-compiled", _plain(StackedPEMTLinear), compiled=True),
