@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from ..nn import AdapterLinear
-from .method import DTYPES, Floors, Method, Variant
+from .method import DTYPES, Floors, Method, SequenceCase, Variant
 from .numerics import FORWARD, TRAIN
-
-SEQUENCE = 128  # tokens of a sequence, if there are so many
 
 
 @dataclass(frozen=True)
-class GatedCase:
+class GatedCase(SequenceCase):
     """One row of the table: a layer and a number of tokens, in sequences of up to 128."""
 
     name: str
@@ -29,18 +27,6 @@ class GatedCase:
     rank: int = 16
     trained: bool = False
     directions: tuple[str, ...] = (FORWARD, TRAIN)
-
-    def __post_init__(self):
-        for name in ("tokens", "in_features", "out_features", "experts", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
-        if self.tokens % self.length:
-            raise ValueError(f"tokens: wanted a multiple of {SEQUENCE}, got {self.tokens}")
-
-    @property
-    def length(self) -> int:
-        """Tokens of one sequence."""
-        return min(self.tokens, SEQUENCE)
 
     def __str__(self) -> str:
         return (

@@ -1,5 +1,6 @@
 """What the benchmark has to know about a method: one :class:`Method` each."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,34 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
+
+
+# Tokens of a sequence, where weights or gates are per sequence.
+SEQUENCE = 128
+
+
+class Case:
+    """Base of the methods' cases, frozen dataclasses: every int is a size and at least 1."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and value < 1:
+                raise ValueError(f"{field.name}: wanted at least 1, got {value}")
+
+
+class SequenceCase(Case):
+    """A case whose tokens come in sequences of :data:`SEQUENCE`, or in one that is shorter."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tokens % self.length:
+            raise ValueError(f"tokens: wanted a multiple of {SEQUENCE}, got {self.tokens}")
+
+    @property
+    def length(self) -> int:
+        """Tokens of one sequence."""
+        return min(self.tokens, SEQUENCE)
 
 
 class Floors(NamedTuple):

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .. import nn, reference
 from .baselines import ExpertLoopMoLALinear, FastStackedMoLALinear, StackedMoLALinear
-from .method import DTYPES, Floors, Method, Variant
+from .method import DTYPES, Case, Floors, Method, Variant
 from .numerics import FORWARD, TRAIN, InputsError
 
 
 @dataclass(frozen=True)
-class MoLACase:
+class MoLACase(Case):
     """One row of the table: a layer and a number of tokens."""
 
     name: str
@@ -28,9 +28,7 @@ class MoLACase:
     directions: tuple[str, ...] = (FORWARD, TRAIN)
 
     def __post_init__(self):
-        for name in ("tokens", "in_features", "out_features", "experts", "rank", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.top_k > self.experts:
             raise ValueError(f"top_k: wanted 1..experts={self.experts}, got {self.top_k}")
 

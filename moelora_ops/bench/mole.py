@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn, reference
-from .method import DTYPES, Floors, Method, Variant
+from .method import DTYPES, Case, Floors, Method, Variant
 from .numerics import FORWARD, TRAIN
 
 
 @dataclass(frozen=True)
-class MoLECase:
+class MoLECase(Case):
     """One row of the table: a layer with a gate per token, and a number of tokens."""
 
     name: str
@@ -26,11 +26,6 @@ class MoLECase:
     rank: int = 16
     normalization: str = "l2"
     directions: tuple[str, ...] = (FORWARD, TRAIN)
-
-    def __post_init__(self):
-        for name in ("tokens", "in_features", "out_features", "experts", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
 
     def __str__(self) -> str:
         return (

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn, reference
-from .method import DTYPES, Floors, Method, Variant
+from .method import DTYPES, Case, Floors, Method, Variant
 from .numerics import FORWARD, TRAIN
 
 
 @dataclass(frozen=True)
-class MoR1ECase:
+class MoR1ECase(Case):
     """One row of the table: a layer and a number of tokens, in up to four sequences."""
 
     name: str
@@ -28,9 +28,7 @@ class MoR1ECase:
     directions: tuple[str, ...] = (FORWARD, TRAIN)
 
     def __post_init__(self):
-        for name in ("tokens", "in_features", "out_features", "rank_down", "rank_up"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.mode == "rank1" and self.rank_up != self.rank_down:
             raise ValueError(f"rank_up: wanted rank_down={self.rank_down}, got {self.rank_up}")
 

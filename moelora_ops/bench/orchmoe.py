@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn, reference
-from .method import DTYPES, Floors, Method, Variant
+from .method import DTYPES, Floors, Method, SequenceCase, Variant
 from .numerics import FORWARD, TRAIN
-
-SEQUENCE = 128  # tokens of a sequence, if there are so many
 
 
 @dataclass(frozen=True)
-class OrchMoECase:
+class OrchMoECase(SequenceCase):
     """One row of the table: a layer and a number of tokens, in sequences of up to 128.
 
     Every sequence is a task of its own, and weights come from the task-skill matrix as in eval.
@@ -32,18 +30,6 @@ class OrchMoECase:
     rank: int = 8
     combine: str = "sum"
     directions: tuple[str, ...] = (FORWARD, TRAIN)
-
-    def __post_init__(self):
-        for name in ("tokens", "in_features", "out_features", "skills", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
-        if self.tokens % self.length:
-            raise ValueError(f"tokens: wanted a multiple of {SEQUENCE}, got {self.tokens}")
-
-    @property
-    def length(self) -> int:
-        """Tokens of one sequence."""
-        return min(self.tokens, SEQUENCE)
 
     def __str__(self) -> str:
         return (

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..nn import PEMTLinear
-from .gated import SEQUENCE
-from .method import DTYPES, Floors, Method, Variant
+from .method import DTYPES, Floors, Method, SequenceCase, Variant
 from .numerics import FORWARD, TRAIN
 
 PROMPT = 20
 
 
 @dataclass(frozen=True)
-class PEMTCase:
+class PEMTCase(SequenceCase):
     """One row of the table: W_o of a T5 encoder's feed-forward, sequences of up to 128 tokens."""
 
     name: str
@@ -30,18 +29,6 @@ class PEMTCase:
     rank: int = 64
     bottleneck: int = 48
     directions: tuple[str, ...] = (FORWARD, TRAIN)
-
-    def __post_init__(self):
-        for name in ("tokens", "in_features", "out_features", "experts", "rank", "bottleneck"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
-        if self.tokens % self.length:
-            raise ValueError(f"tokens: wanted a multiple of {SEQUENCE}, got {self.tokens}")
-
-    @property
-    def length(self) -> int:
-        """Tokens of one sequence."""
-        return min(self.tokens, SEQUENCE)
 
     def __str__(self) -> str:
         return (

@@ -89,11 +89,11 @@ def _run(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, b
             )  # fmt: skip
     # One row for a whole sequence: its factors are merged once for all of its tokens.
     merged = row_map is None and weights.dim() - len(columns) < x.dim() - 1
-    results = common.run_mixture(
+    y, *_ = common.run_mixture(
         averaged_mixture, AveragedMixture, x, weight, bias, base_output, lora_up.shape[-1],
         lora_down.contiguous(), lora_up.contiguous(), table, rows, splits, float(scale), merged,
     )  # fmt: skip
-    return results[0] if isinstance(results, tuple) else results
+    return y
 
 
 def _check(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, base_output):

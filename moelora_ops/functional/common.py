@@ -280,8 +280,8 @@ def run_mixture(
     base_output: Tensor | None,
     out_features: int,
     *arguments,
-) -> Tensor | tuple[Tensor, ...]:
-    """Run a mixture of ``autograd.py``; it returns y ``[..., N]`` first."""
+) -> tuple[Tensor, ...]:
+    """Run a mixture of ``autograd.py``: y ``[..., N]``, then what else it returns, if anything."""
     check_bias(weight, bias, base_output)
     # The kernels walk rows: a contiguous x goes as it is, sparing a view on either side.
     rows = x
@@ -302,11 +302,12 @@ def run_mixture(
     # Outside autograd its bookkeeping is a tenth of what a single token costs.
     run = function.apply if torch.is_grad_enabled() else mixture
     results = run(rows, weight, bias, base_output, expand_first, small_base, *arguments)
+    if isinstance(results, Tensor):  # a function with one output returns it bare
+        results = (results,)
     if rows is x:
         return results
-    y, *others = results if isinstance(results, tuple) else (results,)
-    y = y.view(*x.shape[:-1], y.shape[-1])
-    return (y, *others) if isinstance(results, tuple) else y
+    y, *others = results
+    return y.view(*x.shape[:-1], y.shape[-1]), *others
 
 
 def uses_reference(x: Tensor) -> bool:

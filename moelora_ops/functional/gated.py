@@ -106,13 +106,13 @@ def _run(
             )  # fmt: skip
     if isinstance(scale, Tensor):
         table, scale = table * scale, 1.0
-    results = common.run_mixture(
+    y, *_ = common.run_mixture(
         gated_mixture, GatedMixture, x, weight, bias, base_output, lora_up.shape[-1],
         lora_down.contiguous(), None if down_bias is None else down_bias.contiguous(),
         lora_up.contiguous(), None if up_bias is None else up_bias.contiguous(), table, rows, seed,
         float(scale), ops.ACTIVATIONS[activation], dropout,
     )  # fmt: skip
-    return results[0] if isinstance(results, tuple) else results
+    return y
 
 
 def _check(

@@ -278,11 +278,10 @@ def _mole_per_sequence(
     hidden = (Shrink.apply if grad else ops.shrink)(x.contiguous(), down)
     gates = space.gates(sequence_mean(hidden, sequence_mask))
     per_row = (gates * space.scales).repeat_interleave(lora_down.shape[1], -1)
-    y = common.run_mixture(
+    y, *_ = common.run_mixture(
         expand_mixture, ExpandMixture, x.contiguous(), weight, bias, base_output, lora_up.shape[2],
         hidden * per_row.unsqueeze(-2), up,
     )  # fmt: skip
-    y = y[0] if isinstance(y, tuple) else y
     return (y, gates) if return_gates else y
 
 

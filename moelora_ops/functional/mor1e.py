@@ -101,12 +101,12 @@ def _run(
                 x, weight, bias, lora_down, lora_up, router, omega, beta, intuition, token_scale,
                 task_scale, mode=mode, row_map=row_map, base_output=base_output,
             )  # fmt: skip
-    results = common.run_mixture(
+    y, *_ = common.run_mixture(
         grid_mixture, GridMixture, x, weight, bias, base_output, lora_up.shape[-1],
         lora_down.contiguous(), lora_up.contiguous(), router.contiguous(), omega, beta, table,
         rows_of, float(token_scale), float(task_scale), mode == "rank1",
     )  # fmt: skip
-    return results[0] if isinstance(results, tuple) else results
+    return y
 
 
 def _check(
