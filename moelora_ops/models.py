@@ -22,6 +22,7 @@ from .configs import (
 )
 from .integrations.peft import fused_lora, is_lora
 from .integrations.poly import fused_poly, is_poly
+from .integrations.xlora import fused_xlora, is_xlora
 from .intuition import IntuitionEncoder
 from .nn import (
     AdapterLinear,
@@ -40,6 +41,9 @@ from .nn import (
 from .prompts import SourcePrompt, TargetPrompt, TrainedNorms
 
 IMPLEMENTATIONS = ("fused", "reference")
+
+# Whether a layer is PEFT's, and what fuses it: the first that fits, as X-LoRA's layers have LoRAs.
+_PEFT = ((is_xlora, fused_xlora), (is_poly, fused_poly), (is_lora, fused_lora))
 
 
 class Method(NamedTuple):
@@ -272,19 +276,20 @@ def install(
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Swap every reference layer of `model`, and every LoRA and Poly linear of PEFT, for the fused.
+    """Swap every reference layer of `model`, and PEFT's LoRA, X-LoRA and Poly linears, for fused.
 
     In place.  Parameters stay the same objects, so optimizers and ties go on working; train or eval
     mode stays too.  Outputs are equal within rounding.  PEFT no longer finds its layers afterwards:
     save with :func:`save_adapter`.  Poly's parameters are copied, as PEFT lays them out otherwise;
-    its task ids now come from :func:`moelora_ops.task_ids`.
+    its task ids now come from :func:`moelora_ops.task_ids`.  X-LoRA's layers stay PEFT's, with all
+    that PEFT does with them, and run our kernels.
 
     Returns:
         `model`; if it is itself such a layer, the fused layer.
 
     Raises:
         ValueError: there is no such layer, or one has hooks, which would be lost, or a PEFT layer
-            is more than one plain LoRA.
+            is more than one plain LoRA, under X-LoRA several.
     """
     _check_model(model)
     fused = {
@@ -292,15 +297,19 @@ def fuse(model: nn.Module) -> nn.Module:
         for name, layer, key in adapted_layers(model)
         if isinstance(layer, METHODS[key].reference)
     }
-    fused |= {name: (layer, fused_lora) for name, layer in model.named_modules() if is_lora(layer)}
-    fused |= {name: (layer, fused_poly) for name, layer in model.named_modules() if is_poly(layer)}
+    for name, layer in model.named_modules():
+        build = next((build for fits, build in _PEFT if fits(layer)), None)
+        if build is not None:
+            fused[name] = layer, build
     for name, (layer, _) in fused.items():
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
             raise ValueError(
                 f"model: {name or 'the layer'} has hooks, which fuse would lose; remove them"
             )
     if not fused:
-        raise ValueError("model: has no reference layers to fuse, and none of PEFT's LoRA or Poly")
+        raise ValueError(
+            "model: has no reference layers to fuse, and none of PEFT's LoRA, X-LoRA or Poly"
+        )
     with _requirements_kept(model):
         made = {layer: build(layer) for layer, build in fused.values()}
     _replace(model, made)

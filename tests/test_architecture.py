@@ -27,7 +27,7 @@ ARROWS = {
     "intuition": {"companions", "reference"},
     "nn": {"balance", "companions", "depth", "functional", "intuition", "reference"},
     "prompts": {"companions", "reference"},
-    "integrations": {"nn"},
+    "integrations": {"functional", "nn"},
     "configs": {
         "companions",
         "depth",

@@ -295,7 +295,7 @@ def with_a_hook(model):
     model.base_model.model.layers[1].up_proj.register_forward_hook(lambda *a: None)
 
 
-def with_its_own_forward(model):
+def with_another_forward(model):
     layer = model.base_model.model.layers[1].up_proj
     layer.forward = layer.forward
 
@@ -306,7 +306,7 @@ NOT_FUSIBLE = {
     "two adapters": ({}, two_adapters, "wanted PEFT layers with one adapter"),
     "disabled": ({}, lambda m: m.base_model.disable_adapter_layers(), "is not active"),
     "hooks": ({}, with_a_hook, r"layers\.1\.up_proj has hooks"),
-    "x-lora": ({}, with_its_own_forward, "a forward of its own"),
+    "another forward": ({}, with_another_forward, "a forward that is not its own"),
 }
 
 

@@ -72,9 +72,9 @@ def fused_lora(layer: nn.Module) -> LoRALinear:
     (name,) = names
     if layer.disable_adapters or list(layer.active_adapters) != names:
         raise ValueError(f"model: the PEFT adapter {name!r} is not active; enable it first")
-    _check_layer("model", layer, name)
+    check_layer("model", layer, name)
     if "forward" in vars(layer):
-        raise ValueError("model: a PEFT layer has a forward of its own, as in X-LoRA")
+        raise ValueError("model: a PEFT layer has a forward that is not its own")
     dropout = getattr(layer.lora_dropout[name], "p", 0.0)  # an identity without dropout
     base = layer.get_base_layer()
     return LoRALinear.sharing(
@@ -175,7 +175,7 @@ def _read_model(model: nn.Module, adapter_name: str | None) -> dict[str, LoRA]:
     loras = {}
     for name, layer in layers.items():
         if adapter_name in layer.lora_A:
-            _check_layer(f"source: {name}", layer, adapter_name)
+            check_layer(f"source: {name}", layer, adapter_name)
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
             loras[name] = LoRA(a, b, float(layer.scaling[adapter_name]))
     return loras
@@ -196,7 +196,7 @@ def _check_config(where: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_layer(where: str, layer: nn.Module, adapter: str) -> None:
+def check_layer(where: str, layer: nn.Module, adapter: str) -> None:
     """Raise unless `adapter` is a plain LoRA of a linear."""
     base, a, b = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
     linear = all(isinstance(getattr(base, n, None), int) for n in ("in_features", "out_features"))
