@@ -3,9 +3,9 @@
 Old-style functions (``forward(ctx, ...)``): the new style binds a signature on every call, 14 µs
 that a one-token layer feels.  Functorch transforms are therefore not supported.
 
-Every mixture is a frozen linear plus a mix.  The first six arguments are the linear's and the same
-for all, a plain function computes the forward pass (and is all there is without a graph), and a
-class of the same name adds the gradient.
+Every mixture is a frozen linear plus a mix.  The first seven arguments are the same for all: the
+linear's, and the back end, whose operators run.  A plain function computes the forward pass (and is
+all there is without a graph), and a class of the same name adds the gradient.
 """
 
 import torch
@@ -43,30 +43,47 @@ def _start(
     return F.linear(x, weight, bias), None, True
 
 
+def _rows(t: Tensor) -> Tensor:
+    """`t` as a matrix, a row a token, that shares its memory."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+
+
 def _finish(y: Tensor, x: Tensor, weight: Tensor | None, accumulate: bool) -> Tensor:
     """y with the base in it, if the adapter went first."""
     if not accumulate:
-        y.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
+        _rows(y).addmm_(_rows(x), weight.t())
     return y
 
 
 def _start_backward(ctx, dy: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, bool]:
     """dy contiguous; dx that a mix's operator writes to; and whether it accumulates."""
     dy = dy.contiguous()
-    need_dx = ctx.needs_input_grad[0]
-    if weight is not None and need_dx:
+    # On a GPU the base GEMM adds itself to what the operator wrote, which saves reading dx once.
+    if weight is not None and ctx.needs_input_grad[0] and ctx.backend == "cpu":
         return dy, torch.matmul(dy, weight), True
     return dy, dy.new_empty(ctx.shape), False
 
 
-def _base_gradients(ctx, dy: Tensor, x: Tensor | None):
-    """dweight, dbias and dbase_output; then None for expand_first and small_base."""
+def _base_gradients(
+    ctx,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    dx: Tensor,
+    accumulate: bool,
+) -> tuple[Tensor | None, ...]:
+    """dx with the base in it, dweight, dbias and dbase_output; then None for the three flags."""
     need = ctx.needs_input_grad
-    rows = dy.reshape(-1, dy.shape[-1]) if need[1] or need[2] else None
+    gemm_last = need[0] and weight is not None and not accumulate
+    rows = _rows(dy) if gemm_last or need[1] or need[2] else None
+    if gemm_last:
+        _rows(dx).addmm_(rows, weight)
     return (
-        rows.t() @ x.reshape(-1, x.shape[-1]) if need[1] else None,
+        dx if need[0] else None,
+        rows.t() @ _rows(x) if need[1] else None,
         rows.sum(0) if need[2] else None,
         dy if need[3] else None,
+        None,
         None,
         None,
     )
@@ -86,6 +103,7 @@ def topk_mixture(
     base_output: Tensor | None,
     expand_first: bool,
     small_base: bool,
+    backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
     router: Tensor,
@@ -98,10 +116,12 @@ def topk_mixture(
         mix: top_k, scale, renormalize, dropout, dropout_per_expert, stacked.
 
     Returns:
-        y ``[..., N]`` and the outputs of ``ops.topk_forward``.
+        y ``[..., N]`` and the outputs of ``topk_forward``.
     """
     y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
-    routed = ops.topk_forward(x, lora_down, lora_up, router, op_bias, seed, y, *mix, accumulate)
+    routed = ops.of(backend).topk_forward(
+        x, lora_down, lora_up, router, op_bias, seed, y, *mix, accumulate
+    )
     return _finish(y, x, weight, accumulate), *routed
 
 
@@ -114,10 +134,10 @@ class TopkMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, _, _, _, _, lora_down, lora_up, router, seed, *ctx.mix = arguments
+        x, weight, _, _, _, _, ctx.backend, lora_down, lora_up, router, seed, *ctx.mix = arguments
         y, saved, counts, prob_sums = topk_mixture(*arguments)
         need = ctx.needs_input_grad
-        kept = x if need[1] or any(need[6:9]) else None
+        kept = x if need[1] or any(need[7:10]) else None
         ctx.save_for_backward(kept, weight, lora_down, lora_up, router, seed, saved)
         ctx.shape = x.shape
         ctx.mark_non_differentiable(counts)
@@ -129,7 +149,7 @@ class TopkMixture(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, _dcounts, dprob_sums: Tensor | None):
         x, weight, lora_down, lora_up, router, seed, saved = ctx.saved_tensors
         need = ctx.needs_input_grad
-        need_dx, need_dparams = need[0], any(need[6:9])
+        need_dx, need_dparams = need[0], any(need[7:10])
         if dy is None:
             dy = lora_up.new_zeros((*ctx.shape[:-1], lora_up.shape[2]))
         if dprob_sums is not None:
@@ -137,12 +157,12 @@ class TopkMixture(torch.autograd.Function):
         dy, dx, accumulate = _start_backward(ctx, dy, weight)
         dparams = (None,) * 3
         if need_dx or need_dparams:
-            dparams = ops.topk_backward(
+            dparams = ops.of(ctx.backend).topk_backward(
                 dy, dx if x is None else x, lora_down, lora_up, router, seed, saved, dprob_sums, dx,
                 *ctx.mix, accumulate, need_dx, need_dparams,
             )  # fmt: skip
         return (
-            dx if need_dx else None, *_base_gradients(ctx, dy, x), *_wanted(dparams, need[6:9]),
+            *_base_gradients(ctx, dy, x, weight, dx, accumulate), *_wanted(dparams, need[7:10]),
             *(None,) * 7,
         )  # fmt: skip
 
@@ -157,6 +177,7 @@ def gated_mixture(
     base_output: Tensor | None,
     expand_first: bool,
     small_base: bool,
+    backend: str,
     lora_down: Tensor,
     down_bias: Tensor | None,
     lora_up: Tensor,
@@ -175,7 +196,7 @@ def gated_mixture(
         y ``[..., N]`` and hidden ``[T, E * r]`` before the activation.
     """
     y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
-    hidden = ops.gated_forward(
+    hidden = ops.of(backend).gated_forward(
         x, lora_down, down_bias, lora_up, up_bias, weights, row_map, op_bias, seed, y, *mix,
         accumulate,
     )  # fmt: skip
@@ -187,12 +208,12 @@ class GatedMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, _, *tensors, row_map, seed = arguments[:13]
+        x, weight, _, _, _, _, ctx.backend, *tensors, row_map, seed = arguments[:14]
         y, hidden = gated_mixture(*arguments)
         need = ctx.needs_input_grad
-        kept = x if need[1] or any(need[6:10]) else None
+        kept = x if need[1] or any(need[7:11]) else None
         ctx.save_for_backward(kept, weight, *tensors, row_map, seed, hidden)
-        ctx.shape, ctx.mix = x.shape, arguments[13:]
+        ctx.shape, ctx.mix = x.shape, arguments[14:]
         return y
 
     @staticmethod
@@ -200,16 +221,16 @@ class GatedMixture(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weight, *tensors, row_map, seed, hidden = ctx.saved_tensors
         need = ctx.needs_input_grad
-        need_dx, need_dparams, need_dweights = need[0], any(need[6:10]), need[10]
+        need_dx, need_dparams, need_dweights = need[0], any(need[7:11]), need[11]
         dy, dx, accumulate = _start_backward(ctx, dy, weight)
         gradients = (None,) * 5
         if need_dx or need_dparams or need_dweights:
-            gradients = ops.gated_backward(
+            gradients = ops.of(ctx.backend).gated_backward(
                 dy, dx if x is None else x, *tensors, row_map, seed, hidden, dx, *ctx.mix,
                 accumulate, need_dx, need_dparams, need_dweights,
             )  # fmt: skip
         return (
-            dx if need_dx else None, *_base_gradients(ctx, dy, x), *_wanted(gradients, need[6:11]),
+            *_base_gradients(ctx, dy, x, weight, dx, accumulate), *_wanted(gradients, need[7:12]),
             *(None,) * 5,
         )  # fmt: skip
 
@@ -224,6 +245,7 @@ def grid_mixture(
     base_output: Tensor | None,
     expand_first: bool,
     small_base: bool,
+    backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
     router: Tensor,
@@ -242,7 +264,7 @@ def grid_mixture(
         y ``[..., N]`` and ``[T, r1 + gates]``: hidden and logits.
     """
     y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
-    hidden = ops.grid_forward(
+    hidden = ops.of(backend).grid_forward(
         x, lora_down, lora_up, router, omega, beta, intuition, row_map, op_bias, y, *mix, accumulate
     )
     return _finish(y, x, weight, accumulate), hidden
@@ -253,12 +275,12 @@ class GridMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, _, *tensors = arguments[:13]
+        x, weight, _, _, _, _, ctx.backend, *tensors = arguments[:14]
         y, hidden = grid_mixture(*arguments)
         need = ctx.needs_input_grad
-        kept = x if need[1] or any(need[6:11]) else None
+        kept = x if need[1] or any(need[7:12]) else None
         ctx.save_for_backward(kept, weight, *tensors, hidden)
-        ctx.shape, ctx.mix = x.shape, arguments[13:]
+        ctx.shape, ctx.mix = x.shape, arguments[14:]
         return y
 
     @staticmethod
@@ -266,16 +288,16 @@ class GridMixture(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weight, *tensors, hidden = ctx.saved_tensors
         need = ctx.needs_input_grad
-        need_dx, need_dparams, need_dintuition = need[0], any(need[6:11]), need[11]
+        need_dx, need_dparams, need_dintuition = need[0], any(need[7:12]), need[12]
         dy, dx, accumulate = _start_backward(ctx, dy, weight)
         gradients = (None,) * 6
         if need_dx or need_dparams or need_dintuition:
-            gradients = ops.grid_backward(
+            gradients = ops.of(ctx.backend).grid_backward(
                 dy, dx if x is None else x, *tensors, hidden, dx, *ctx.mix, accumulate, need_dx,
                 need_dparams, need_dintuition,
             )  # fmt: skip
         return (
-            dx if need_dx else None, *_base_gradients(ctx, dy, x), *_wanted(gradients, need[6:12]),
+            *_base_gradients(ctx, dy, x, weight, dx, accumulate), *_wanted(gradients, need[7:13]),
             *(None,) * 4,
         )  # fmt: skip
 
@@ -290,6 +312,7 @@ def averaged_mixture(
     base_output: Tensor | None,
     expand_first: bool,
     small_base: bool,
+    backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
     weights: Tensor,
@@ -305,7 +328,7 @@ def averaged_mixture(
         y ``[..., N]`` and hidden ``[T, splits * E * r]``, or ``[T, r]`` of the merged factors.
     """
     y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
-    hidden = ops.averaged_forward(
+    hidden = ops.of(backend).averaged_forward(
         x, lora_down, lora_up, weights, row_map, op_bias, y, *mix, accumulate
     )
     return _finish(y, x, weight, accumulate), hidden
@@ -316,12 +339,12 @@ class AveragedMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, _, *tensors = arguments[:10]
+        x, weight, _, _, _, _, ctx.backend, *tensors = arguments[:11]
         y, hidden = averaged_mixture(*arguments)
         need = ctx.needs_input_grad
-        kept = x if need[1] or any(need[6:8]) else None
+        kept = x if need[1] or any(need[7:9]) else None
         ctx.save_for_backward(kept, weight, *tensors, hidden)
-        ctx.shape, ctx.mix = x.shape, arguments[10:]
+        ctx.shape, ctx.mix = x.shape, arguments[11:]
         return y
 
     @staticmethod
@@ -329,16 +352,16 @@ class AveragedMixture(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weight, *tensors, hidden = ctx.saved_tensors
         need = ctx.needs_input_grad
-        need_dx, need_dparams, need_dweights = need[0], any(need[6:8]), need[8]
+        need_dx, need_dparams, need_dweights = need[0], any(need[7:9]), need[9]
         dy, dx, accumulate = _start_backward(ctx, dy, weight)
         gradients = (None,) * 3
         if need_dx or need_dparams or need_dweights:
-            gradients = ops.averaged_backward(
+            gradients = ops.of(ctx.backend).averaged_backward(
                 dy, dx if x is None else x, *tensors, hidden, dx, *ctx.mix, accumulate, need_dx,
                 need_dparams, need_dweights,
             )  # fmt: skip
         return (
-            dx if need_dx else None, *_base_gradients(ctx, dy, x), *_wanted(gradients, need[6:9]),
+            *_base_gradients(ctx, dy, x, weight, dx, accumulate), *_wanted(gradients, need[7:10]),
             *(None,) * 4,
         )  # fmt: skip
 
@@ -353,6 +376,7 @@ def output_gate_mixture(
     base_output: Tensor | None,
     expand_first: bool,
     small_base: bool,
+    backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
     projection: Tensor,
@@ -372,7 +396,7 @@ def output_gate_mixture(
         y ``[..., N]``, gates ``[T, E]`` and hidden ``[T, E * r]``.
     """
     y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
-    hidden, gates = ops.output_gate_forward(
+    hidden, gates = ops.of(backend).output_gate_forward(
         x, lora_down, lora_up, projection, factors, means, scales, tau, mask, op_bias, y, *mix,
         accumulate,
     )  # fmt: skip
@@ -384,12 +408,12 @@ class OutputGateMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor]:
-        x, weight, _, _, _, _, *tensors = arguments[:14]
+        x, weight, _, _, _, _, ctx.backend, *tensors = arguments[:15]
         y, gates, hidden = output_gate_mixture(*arguments)
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight, *tensors, hidden, gates
         )
-        ctx.shape, ctx.mix = x.shape, arguments[14:]
+        ctx.shape, ctx.mix = x.shape, arguments[15:]
         ctx.set_materialize_grads(False)
         return y, gates
 
@@ -405,15 +429,15 @@ class OutputGateMixture(torch.autograd.Function):
             dgates = dgates.contiguous()
         dy, dx, accumulate = _start_backward(ctx, dy, weight)
         dprojection = dtau = None
-        if need[0] or need[8] or need[9]:
-            normalized, dlogits, dtau = ops.output_gate_backward(
+        if need[0] or need[9] or need[10]:
+            normalized, dlogits, dtau = ops.of(ctx.backend).output_gate_backward(
                 dy, dgates, lora_down, lora_up, projection, factors, means, scales, tau, mask,
                 hidden, gates, dx, *ctx.mix, accumulate, need[0],
             )  # fmt: skip
-            dprojection = normalized.t() @ dlogits if need[8] else None
+            dprojection = normalized.t() @ dlogits if need[9] else None
         return (
-            dx if need[0] else None, *_base_gradients(ctx, dy, x), None, None, dprojection,
-            dtau if need[9] else None, *(None,) * 6,
+            *_base_gradients(ctx, dy, x, weight, dx, accumulate), None, None, dprojection,
+            dtau if need[10] else None, *(None,) * 6,
         )  # fmt: skip
 
 
@@ -424,11 +448,11 @@ class Shrink(torch.autograd.Function):
     """``hidden = x @ rows.T`` in the accumulator's dtype."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:
-        need = ctx.needs_input_grad
-        ctx.save_for_backward(x if need[1] else None, rows if need[0] else None)
-        ctx.shape = x.shape
-        return ops.shrink(x, rows)
+    def forward(ctx, backend: str, x: Tensor, rows: Tensor) -> Tensor:
+        _, need_dx, need_drows = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_drows else None, rows if need_dx else None)
+        ctx.shape, ctx.backend = x.shape, backend
+        return ops.of(backend).shrink(x, rows)
 
     @staticmethod
     @once_differentiable
@@ -438,8 +462,8 @@ class Shrink(torch.autograd.Function):
         dx = None
         if rows is not None:
             dx = rows.new_empty(ctx.shape)
-            ops.expand(dhidden, rows, dx, False)
-        return dx, ops.outer(dhidden, x) if x is not None else None
+            ops.of(ctx.backend).expand(dhidden, rows, dx, False)
+        return None, dx, ops.of(ctx.backend).outer(dhidden, x) if x is not None else None
 
 
 def expand_mixture(
@@ -449,12 +473,13 @@ def expand_mixture(
     base_output: Tensor | None,
     expand_first: bool,
     small_base: bool,
+    backend: str,
     hidden: Tensor,
     rows: Tensor,
 ) -> tuple[Tensor]:
     """Frozen linear, or a given y, plus ``hidden @ rows``; x may be None beside a given y."""
     y, _, _ = _start(x, weight, bias, base_output, False, small_base)
-    ops.expand(hidden, rows, y, True)
+    ops.of(backend).expand(hidden, rows, y, True)
     return (y,)
 
 
@@ -463,10 +488,10 @@ class ExpandMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, _, hidden, rows = arguments
+        x, weight, _, _, _, _, ctx.backend, hidden, rows = arguments
         need = ctx.needs_input_grad
         ctx.save_for_backward(
-            x if need[1] else None, weight, hidden if need[7] else None, rows if need[6] else None
+            x if need[1] else None, weight, hidden if need[8] else None, rows if need[7] else None
         )
         return expand_mixture(*arguments)[0]
 
@@ -475,9 +500,10 @@ class ExpandMixture(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weight, hidden, rows = ctx.saved_tensors
         dy = dy.contiguous()
+        need_dx = ctx.needs_input_grad[0] and weight is not None
+        dx = torch.matmul(dy, weight) if need_dx else None
         return (
-            torch.matmul(dy, weight) if ctx.needs_input_grad[0] and weight is not None else None,
-            *_base_gradients(ctx, dy, x),
-            ops.shrink(dy, rows) if rows is not None else None,
-            ops.outer(hidden, dy) if hidden is not None else None,
+            *_base_gradients(ctx, dy, x, weight, dx, True),
+            ops.of(ctx.backend).shrink(dy, rows) if rows is not None else None,
+            ops.of(ctx.backend).outer(hidden, dy) if hidden is not None else None,
         )

@@ -14,94 +14,115 @@ Letters: T tokens, K in_features, N out_features, E experts, r rank, k top-k.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("moelora_ops", "DEF")
+# Back end -> the namespace of its operators.  The dispatch key alone cannot tell two sets of
+# kernels for one device apart, so each has a namespace of its own, with the same schemas and fakes.
+NAMESPACES = {"cpu": "moelora_ops", "triton": "moelora_ops_triton"}
 
-_library.define(
-    "topk_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor? bias,"
-    " Tensor? seed, Tensor(a!) y, int top_k, float scale, bool renormalize, float dropout,"
-    " bool dropout_per_expert, bool stacked, bool accumulate)"
-    " -> (Tensor saved, Tensor counts, Tensor prob_sums)"
-)
-_library.define(
-    "topk_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor router,"
-    " Tensor? seed, Tensor saved, Tensor? dprob_sums, Tensor(a!) dx, int top_k, float scale,"
-    " bool renormalize, float dropout, bool dropout_per_expert, bool stacked, bool accumulate,"
-    " bool need_dx, bool need_dparams)"
-    " -> (Tensor dlora_down, Tensor dlora_up, Tensor drouter)"
-)
-_library.define(
-    "gated_forward(Tensor x, Tensor lora_down, Tensor? down_bias, Tensor lora_up, Tensor? up_bias,"
-    " Tensor weights, Tensor? row_map, Tensor? bias, Tensor? seed, Tensor(a!) y, float scale,"
-    " int activation, float dropout, bool accumulate) -> Tensor hidden"
-)
-_library.define(
-    "gated_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor? down_bias, Tensor lora_up,"
-    " Tensor? up_bias, Tensor weights, Tensor? row_map, Tensor? seed, Tensor hidden,"
-    " Tensor(a!) dx, float scale, int activation, float dropout, bool accumulate, bool need_dx,"
-    " bool need_dparams, bool need_dweights)"
-    " -> (Tensor dlora_down, Tensor ddown_bias, Tensor dlora_up, Tensor dup_bias, Tensor dweights)"
-)
-_library.define(
-    "grid_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor omega,"
-    " Tensor beta, Tensor? intuition, Tensor? row_map, Tensor? bias, Tensor(a!) y,"
-    " float token_scale, float task_scale, bool diagonal, bool accumulate) -> Tensor hidden"
-)
-_library.define(
-    "grid_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor router,"
-    " Tensor omega, Tensor beta, Tensor? intuition, Tensor? row_map, Tensor hidden, Tensor(a!) dx,"
-    " float token_scale, float task_scale, bool diagonal, bool accumulate, bool need_dx,"
-    " bool need_dparams, bool need_dintuition)"
-    " -> (Tensor dlora_down, Tensor dlora_up, Tensor drouter, Tensor domega, Tensor dbeta,"
-    " Tensor dintuition)"
-)
-_library.define(
-    "averaged_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor weights, Tensor? row_map,"
-    " Tensor? bias, Tensor(a!) y, int splits, float scale, bool merged, bool accumulate)"
-    " -> Tensor hidden"
-)
-_library.define(
-    "averaged_backward(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor weights,"
-    " Tensor? row_map, Tensor hidden, Tensor(a!) dx, int splits, float scale, bool merged,"
-    " bool accumulate, bool need_dx, bool need_dparams, bool need_dweights)"
-    " -> (Tensor dlora_down, Tensor dlora_up, Tensor dweights)"
-)
-_library.define(
-    "output_gate_forward(Tensor x, Tensor lora_down, Tensor lora_up, Tensor projection,"
-    " Tensor factors, Tensor? means, Tensor scales, Tensor tau, Tensor? mask, Tensor? bias,"
-    " Tensor(a!) y, int normalization, bool mask_input, bool accumulate)"
-    " -> (Tensor hidden, Tensor gates)"
-)
-_library.define(
-    "output_gate_backward(Tensor dy, Tensor? dgates, Tensor lora_down, Tensor lora_up,"
-    " Tensor projection, Tensor factors, Tensor? means, Tensor scales, Tensor tau, Tensor? mask,"
-    " Tensor hidden, Tensor gates, Tensor(a!) dx, int normalization, bool mask_input,"
-    " bool accumulate, bool need_dx) -> (Tensor normalized, Tensor dlogits, Tensor dtau)"
-)
-_library.define("shrink(Tensor x, Tensor rows) -> Tensor hidden")
-_library.define("expand(Tensor hidden, Tensor rows, Tensor(a!) y, bool accumulate) -> ()")
-_library.define("outer(Tensor hidden, Tensor x) -> Tensor rows")
-_library.define("small_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_SCHEMAS = {
+    "topk_forward": (
+        "(Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor? bias,"
+        " Tensor? seed, Tensor(a!) y, int top_k, float scale, bool renormalize, float dropout,"
+        " bool dropout_per_expert, bool stacked, bool accumulate)"
+        " -> (Tensor saved, Tensor counts, Tensor prob_sums)"
+    ),
+    "topk_backward": (
+        "(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor router,"
+        " Tensor? seed, Tensor saved, Tensor? dprob_sums, Tensor(a!) dx, int top_k, float scale,"
+        " bool renormalize, float dropout, bool dropout_per_expert, bool stacked, bool accumulate,"
+        " bool need_dx, bool need_dparams)"
+        " -> (Tensor dlora_down, Tensor dlora_up, Tensor drouter)"
+    ),
+    "gated_forward": (
+        "(Tensor x, Tensor lora_down, Tensor? down_bias, Tensor lora_up, Tensor? up_bias,"
+        " Tensor weights, Tensor? row_map, Tensor? bias, Tensor? seed, Tensor(a!) y, float scale,"
+        " int activation, float dropout, bool accumulate) -> Tensor hidden"
+    ),
+    "gated_backward": (
+        "(Tensor dy, Tensor x, Tensor lora_down, Tensor? down_bias, Tensor lora_up,"
+        " Tensor? up_bias, Tensor weights, Tensor? row_map, Tensor? seed, Tensor hidden,"
+        " Tensor(a!) dx, float scale, int activation, float dropout, bool accumulate, bool need_dx,"
+        " bool need_dparams, bool need_dweights)"
+        " -> (Tensor dlora_down, Tensor ddown_bias, Tensor dlora_up, Tensor dup_bias,"
+        " Tensor dweights)"
+    ),
+    "grid_forward": (
+        "(Tensor x, Tensor lora_down, Tensor lora_up, Tensor router, Tensor omega,"
+        " Tensor beta, Tensor? intuition, Tensor? row_map, Tensor? bias, Tensor(a!) y,"
+        " float token_scale, float task_scale, bool diagonal, bool accumulate) -> Tensor hidden"
+    ),
+    "grid_backward": (
+        "(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor router,"
+        " Tensor omega, Tensor beta, Tensor? intuition, Tensor? row_map, Tensor hidden,"
+        " Tensor(a!) dx, float token_scale, float task_scale, bool diagonal, bool accumulate,"
+        " bool need_dx, bool need_dparams, bool need_dintuition)"
+        " -> (Tensor dlora_down, Tensor dlora_up, Tensor drouter, Tensor domega, Tensor dbeta,"
+        " Tensor dintuition)"
+    ),
+    "averaged_forward": (
+        "(Tensor x, Tensor lora_down, Tensor lora_up, Tensor weights, Tensor? row_map,"
+        " Tensor? bias, Tensor(a!) y, int splits, float scale, bool merged, bool accumulate)"
+        " -> Tensor hidden"
+    ),
+    "averaged_backward": (
+        "(Tensor dy, Tensor x, Tensor lora_down, Tensor lora_up, Tensor weights,"
+        " Tensor? row_map, Tensor hidden, Tensor(a!) dx, int splits, float scale, bool merged,"
+        " bool accumulate, bool need_dx, bool need_dparams, bool need_dweights)"
+        " -> (Tensor dlora_down, Tensor dlora_up, Tensor dweights)"
+    ),
+    "output_gate_forward": (
+        "(Tensor x, Tensor lora_down, Tensor lora_up, Tensor projection,"
+        " Tensor factors, Tensor? means, Tensor scales, Tensor tau, Tensor? mask, Tensor? bias,"
+        " Tensor(a!) y, int normalization, bool mask_input, bool accumulate)"
+        " -> (Tensor hidden, Tensor gates)"
+    ),
+    "output_gate_backward": (
+        "(Tensor dy, Tensor? dgates, Tensor lora_down, Tensor lora_up,"
+        " Tensor projection, Tensor factors, Tensor? means, Tensor scales, Tensor tau,"
+        " Tensor? mask, Tensor hidden, Tensor gates, Tensor(a!) dx, int normalization,"
+        " bool mask_input, bool accumulate, bool need_dx)"
+        " -> (Tensor normalized, Tensor dlogits, Tensor dtau)"
+    ),
+    "shrink": "(Tensor x, Tensor rows) -> Tensor hidden",
+    "expand": "(Tensor hidden, Tensor rows, Tensor(a!) y, bool accumulate) -> ()",
+    "outer": "(Tensor hidden, Tensor x) -> Tensor rows",
+}
 
-# Bound once: looking a packet up costs more than the dispatch itself.
-topk_forward = torch.ops.moelora_ops.topk_forward.default
-topk_backward = torch.ops.moelora_ops.topk_backward.default
-gated_forward = torch.ops.moelora_ops.gated_forward.default
-gated_backward = torch.ops.moelora_ops.gated_backward.default
-grid_forward = torch.ops.moelora_ops.grid_forward.default
-grid_backward = torch.ops.moelora_ops.grid_backward.default
-averaged_forward = torch.ops.moelora_ops.averaged_forward.default
-averaged_backward = torch.ops.moelora_ops.averaged_backward.default
-output_gate_forward = torch.ops.moelora_ops.output_gate_forward.default
-output_gate_backward = torch.ops.moelora_ops.output_gate_backward.default
-shrink = torch.ops.moelora_ops.shrink.default
-expand = torch.ops.moelora_ops.expand.default
-outer = torch.ops.moelora_ops.outer.default
+_SMALL_LINEAR = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+
+_libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES.values()}
+for _operators in _libraries.values():
+    for _name, _schema in _SCHEMAS.items():
+        _operators.define(_name + _schema)
+_libraries["moelora_ops"].define("small_linear" + _SMALL_LINEAR)
+
+
+class Operators:
+    """The operators of one namespace, an attribute each.
+
+    Bound once: looking a packet up costs more than the dispatch itself.
+    """
+
+    def __init__(self, namespace: str, names: Iterable[str]):
+        packets = getattr(torch.ops, namespace)
+        for name in names:
+            setattr(self, name, getattr(packets, name).default)
+
+
+_operators_of = {
+    backend: Operators(namespace, _SCHEMAS) for backend, namespace in NAMESPACES.items()
+}
 small_linear = torch.ops.moelora_ops.small_linear.default
+
+
+def of(backend: str) -> Operators:
+    """The operators that a back end implements, under the names of the schemas."""
+    return _operators_of[backend]
+
 
 # The numbers by which the operators know them; csrc/mix/gated.h and output_gate.h.
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
@@ -116,16 +137,18 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 STRATEGIES = ("auto", "stacked", "grouped")
 
 
-def is_stacked(strategy: str, num_experts: int, top_k: int) -> bool:
+def is_stacked(backend: str, strategy: str, num_experts: int, top_k: int) -> bool:
     """Whether a kernel computes all experts (``stacked``) or a token's chosen ones (``grouped``).
 
     On a CPU flops decide: grouped kernels touch k*r rows of a token, one token at a time; stacked
     ones touch all E*r rows but share each load between several tokens.  That measured 6 to 17 %
     faster at k = E and no faster at k = 6 of 8 (docs/design.md).  The choice depends on E and k
     alone, so that the bits of a token never depend on how many others there are.
+
+    On a GPU the stacked products are bound by the memory that x takes.
     """
     if strategy == "auto":
-        return 8 * top_k > 7 * num_experts
+        return backend != "cpu" or 8 * top_k > 7 * num_experts
     return strategy == "stacked"
 
 
@@ -139,10 +162,11 @@ def topk_saved_size(tokens: int, num_experts: int, rank: int, top_k: int, stacke
     return tokens * (rows * rank + num_experts + 2 * top_k)
 
 
-def _register_fake(name: str) -> Callable[[Callable], Callable]:
-    """``torch.library.register_fake`` for functions whose tensors must share a device.
+def _register_fake(name: str, *backends: str) -> Callable[[Callable], Callable]:
+    """``torch.library.register_fake`` in every namespace (or those of `backends`).
 
-    One meta tensor among real ones is enough for a fake to run instead of a kernel, silently.
+    For functions whose tensors must share a device: one meta tensor among real ones is enough for a
+    fake to run instead of a kernel, silently.
     """
 
     def register(fake: Callable) -> Callable:
@@ -154,12 +178,14 @@ def _register_fake(name: str) -> Callable[[Callable], Callable]:
                 raise ValueError(f"{name}: wanted all tensors on one device, got {devices}")
             return fake(*arguments)
 
-        return torch.library.register_fake(name)(checked)
+        for backend in backends or NAMESPACES:
+            torch.library.register_fake(f"{NAMESPACES[backend]}::{name}")(checked)
+        return fake
 
     return register
 
 
-@_register_fake("moelora_ops::topk_forward")
+@_register_fake("topk_forward")
 def _topk_forward_fake(
     x, lora_down, lora_up, router, bias, seed, y, top_k, scale, renormalize, dropout,
     dropout_per_expert, stacked, accumulate,
@@ -174,7 +200,7 @@ def _topk_forward_fake(
     )
 
 
-@_register_fake("moelora_ops::topk_backward")
+@_register_fake("topk_backward")
 def _topk_backward_fake(
     dy, x, lora_down, lora_up, router, seed, saved, dprob_sums, dx, top_k, scale, renormalize,
     dropout, dropout_per_expert, stacked, accumulate, need_dx, need_dparams,
@@ -196,7 +222,7 @@ def _gradients(wanted: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
     return tuple(p.new_empty(p.shape if wanted else (0,)) for p in parameters)
 
 
-@_register_fake("moelora_ops::gated_forward")
+@_register_fake("gated_forward")
 def _gated_forward_fake(
     x, lora_down, down_bias, lora_up, up_bias, weights, row_map, bias, seed, y, scale, activation,
     dropout, accumulate,
@@ -204,7 +230,7 @@ def _gated_forward_fake(
     return _wide(x, _tokens(x), lora_down.shape[0] * lora_down.shape[1])
 
 
-@_register_fake("moelora_ops::gated_backward")
+@_register_fake("gated_backward")
 def _gated_backward_fake(
     dy, x, lora_down, down_bias, lora_up, up_bias, weights, row_map, seed, hidden, dx, scale,
     activation, dropout, accumulate, need_dx, need_dparams, need_dweights,
@@ -217,7 +243,7 @@ def _gated_backward_fake(
     return dlora_down, ddown_bias, dlora_up, dup_bias, _wide(x, rows, weights.shape[1])
 
 
-@_register_fake("moelora_ops::grid_forward")
+@_register_fake("grid_forward")
 def _grid_forward_fake(
     x, lora_down, lora_up, router, omega, beta, intuition, row_map, bias, y, token_scale,
     task_scale, diagonal, accumulate,
@@ -225,7 +251,7 @@ def _grid_forward_fake(
     return _wide(x, _tokens(x), lora_down.shape[0] + router.shape[0])
 
 
-@_register_fake("moelora_ops::grid_backward")
+@_register_fake("grid_backward")
 def _grid_backward_fake(
     dy, x, lora_down, lora_up, router, omega, beta, intuition, row_map, hidden, dx, token_scale,
     task_scale, diagonal, accumulate, need_dx, need_dparams, need_dintuition,
@@ -237,7 +263,7 @@ def _grid_backward_fake(
     )
 
 
-@_register_fake("moelora_ops::averaged_forward")
+@_register_fake("averaged_forward")
 def _averaged_forward_fake(
     x, lora_down, lora_up, weights, row_map, bias, y, splits, scale, merged, accumulate
 ):
@@ -245,7 +271,7 @@ def _averaged_forward_fake(
     return _wide(x, _tokens(x), rank if merged else splits * num_experts * rank)
 
 
-@_register_fake("moelora_ops::averaged_backward")
+@_register_fake("averaged_backward")
 def _averaged_backward_fake(
     dy, x, lora_down, lora_up, weights, row_map, hidden, dx, splits, scale, merged, accumulate,
     need_dx, need_dparams, need_dweights,
@@ -254,7 +280,7 @@ def _averaged_backward_fake(
     return *_gradients(need_dparams, lora_down, lora_up), _wide(x, rows, weights.shape[1])
 
 
-@_register_fake("moelora_ops::output_gate_forward")
+@_register_fake("output_gate_forward")
 def _output_gate_forward_fake(
     x, lora_down, lora_up, projection, factors, means, scales, tau, mask, bias, y, normalization,
     mask_input, accumulate,
@@ -263,7 +289,7 @@ def _output_gate_forward_fake(
     return _wide(x, _tokens(x), num_experts * rank), _wide(x, _tokens(x), num_experts)
 
 
-@_register_fake("moelora_ops::output_gate_backward")
+@_register_fake("output_gate_backward")
 def _output_gate_backward_fake(
     dy, dgates, lora_down, lora_up, projection, factors, means, scales, tau, mask, hidden, gates,
     dx, normalization, mask_input, accumulate, need_dx,
@@ -272,21 +298,21 @@ def _output_gate_backward_fake(
     return _wide(dx, tokens, projection.shape[0]), _wide(dx, *gates.shape), _wide(dx, 1)
 
 
-@_register_fake("moelora_ops::shrink")
+@_register_fake("shrink")
 def _shrink_fake(x: Tensor, rows: Tensor) -> Tensor:
     return _wide(x, *x.shape[:-1], rows.shape[0])
 
 
-@_register_fake("moelora_ops::expand")
+@_register_fake("expand")
 def _expand_fake(hidden: Tensor, rows: Tensor, y: Tensor, accumulate: bool) -> None:
     pass
 
 
-@_register_fake("moelora_ops::outer")
+@_register_fake("outer")
 def _outer_fake(hidden: Tensor, x: Tensor) -> Tensor:
     return x.new_empty((hidden.shape[-1], x.shape[-1]))
 
 
-@_register_fake("moelora_ops::small_linear")
+@_register_fake("small_linear", "cpu")
 def _small_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

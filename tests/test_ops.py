@@ -137,7 +137,7 @@ def forward_arguments(dtype=torch.float32, stacked=False, dropout=0.0, accumulat
 def backward_arguments(dtype=torch.float32, stacked=False, need_dparams=True):
     arguments = forward_arguments(dtype, stacked)
     x, lora_down, lora_up, router = arguments[:4]
-    saved, _, prob_sums = ops.topk_forward(*arguments)
+    saved, _, prob_sums = ops.of("cpu").topk_forward(*arguments)
     return (
         torch.randn(20, 40, dtype=dtype), x, lora_down, lora_up, router, None, saved,
         torch.randn_like(prob_sums), torch.zeros_like(x), 2, 0.5, True, 0.0, False, stacked, True,
@@ -150,7 +150,7 @@ def backward_arguments(dtype=torch.float32, stacked=False, need_dparams=True):
 @pytest.mark.parametrize("accumulate", (False, True))
 def test_opcheck_forward(stacked, dropout, accumulate):
     torch.library.opcheck(
-        ops.topk_forward, forward_arguments(torch.float32, stacked, dropout, accumulate)
+        ops.of("cpu").topk_forward, forward_arguments(torch.float32, stacked, dropout, accumulate)
     )
 
 
@@ -158,7 +158,7 @@ def test_opcheck_forward(stacked, dropout, accumulate):
 @pytest.mark.parametrize("need_dparams", (False, True))
 def test_opcheck_backward(stacked, need_dparams):
     torch.library.opcheck(
-        ops.topk_backward, backward_arguments(torch.bfloat16, stacked, need_dparams)
+        ops.of("cpu").topk_backward, backward_arguments(torch.bfloat16, stacked, need_dparams)
     )
 
 
@@ -180,7 +180,7 @@ def test_operators_called_directly_do_not_leave_their_memory(position, bad, name
     arguments = list(forward_arguments())
     arguments[position] = bad
     with pytest.raises(RuntimeError, match=name):
-        ops.topk_forward(*arguments)
+        ops.of("cpu").topk_forward(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_backward_called_directly_does_not_leave_its_memory(position, shape, nam
     arguments = list(backward_arguments())
     arguments[position] = torch.randn(shape)
     with pytest.raises(RuntimeError, match=name):
-        ops.topk_backward(*arguments)
+        ops.of("cpu").topk_backward(*arguments)
 
 
 def test_opcheck_small_linear():
@@ -299,14 +299,14 @@ def test_every_output_is_written():
     poison = float("nan")
     arguments = list(forward_arguments(accumulate=False))
     arguments[6].fill_(poison)
-    outputs = ops.topk_forward(*arguments)
+    outputs = ops.of("cpu").topk_forward(*arguments)
     assert arguments[6].isfinite().all()
     assert all(o.isfinite().all() for o in outputs[1:])
     dx, accumulate = 8, 15
     backward = list(backward_arguments())
     backward[dx].fill_(poison)
     backward[accumulate] = False  # dx is to be overwritten
-    assert all(o.isfinite().all() for o in ops.topk_backward(*backward))
+    assert all(o.isfinite().all() for o in ops.of("cpu").topk_backward(*backward))
     assert backward[dx].isfinite().all()
 
 

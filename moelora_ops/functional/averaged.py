@@ -80,7 +80,8 @@ def _run(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, b
     columns = (num_experts,) if splits == 1 else (splits, num_experts)
     table, rows = common.row_weights("weights", weights, x, row_map, columns)
     common.check_finite("scale", scale)
-    if common.uses_reference(x):
+    backend = common.backend_for(x)
+    if backend == "reference":
         _check(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, base_output)
         with reference.no_autocast(x.device.type):
             return reference.averaged(
@@ -90,7 +91,7 @@ def _run(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, b
     # One row for a whole sequence: its factors are merged once for all of its tokens.
     merged = row_map is None and weights.dim() - len(columns) < x.dim() - 1
     y, *_ = common.run_mixture(
-        averaged_mixture, AveragedMixture, x, weight, bias, base_output, lora_up.shape[-1],
+        averaged_mixture, AveragedMixture, backend, x, weight, bias, base_output, lora_up.shape[-1],
         lora_down.contiguous(), lora_up.contiguous(), table, rows, splits, float(scale), merged,
     )  # fmt: skip
     return y

@@ -274,6 +274,7 @@ def expert_scales(scale: float | Tensor, num_experts: int, x: Tensor) -> float |
 def run_mixture(
     mixture: Callable[..., tuple[Tensor, ...]],
     function: type[torch.autograd.Function],
+    backend: str,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -292,16 +293,17 @@ def run_mixture(
         if base_output is not None:
             base_output = base_output.reshape(rows.shape[0], out_features)
     tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    small = tokens <= extension.small_linear_tokens(x.dtype) and weight is not None
+    on_cpu = backend == "cpu"
+    small = on_cpu and tokens <= extension.small_linear_tokens(x.dtype) and weight is not None
     small_base = small and weight.stride(-1) == 1
-    # The adapter first and the base GEMM with beta = 1 on top is free in float32, while it costs
-    # 1 % in bfloat16 (docs/design.md).
-    expand_first = not small and x.dtype == torch.float32
+    # The adapter first and the base GEMM with beta = 1 on top is free in float32, while on a CPU it
+    # costs 1 % in bfloat16 (docs/design.md).
+    expand_first = not small and (x.dtype == torch.float32 or not on_cpu)
     if bias is not None:
         bias = bias.contiguous()
     # Outside autograd its bookkeeping is a tenth of what a single token costs.
     run = function.apply if torch.is_grad_enabled() else mixture
-    results = run(rows, weight, bias, base_output, expand_first, small_base, *arguments)
+    results = run(rows, weight, bias, base_output, expand_first, small_base, backend, *arguments)
     if isinstance(results, Tensor):  # a function with one output returns it bare
         results = (results,)
     if rows is x:
@@ -310,6 +312,6 @@ def run_mixture(
     return y.view(*x.shape[:-1], y.shape[-1]), *others
 
 
-def uses_reference(x: Tensor) -> bool:
-    """Whether the chosen back end for x is the reference."""
-    return backends.choose(x.device, x.dtype) == "reference"
+def backend_for(x: Tensor) -> str:
+    """Name of the back end that runs for x."""
+    return backends.choose(x.device, x.dtype)

@@ -93,7 +93,8 @@ def _run(
     common.check_dropout(dropout)
     table, rows = common.row_weights("weights", weights, x, row_map, (num_experts,))
     scale = common.expert_scales(scale, num_experts, x)
-    if common.uses_reference(x):
+    backend = common.backend_for(x)
+    if backend == "reference":
         _check(
             x, weight, bias, lora_down, lora_up, weights, scale, activation, row_map, down_bias,
             up_bias, dropout, seed, base_output,
@@ -107,7 +108,7 @@ def _run(
     if isinstance(scale, Tensor):
         table, scale = table * scale, 1.0
     y, *_ = common.run_mixture(
-        gated_mixture, GatedMixture, x, weight, bias, base_output, lora_up.shape[-1],
+        gated_mixture, GatedMixture, backend, x, weight, bias, base_output, lora_up.shape[-1],
         lora_down.contiguous(), None if down_bias is None else down_bias.contiguous(),
         lora_up.contiguous(), None if up_bias is None else up_bias.contiguous(), table, rows, seed,
         float(scale), ops.ACTIVATIONS[activation], dropout,

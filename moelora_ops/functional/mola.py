@@ -99,7 +99,8 @@ def _run(
     common.check_top_k(top_k, num_experts)
     common.check_finite("scale", scale)
     common.check_dropout(dropout, dropout_mode)
-    if common.uses_reference(x):
+    backend = common.backend_for(x)
+    if backend == "reference":
         _check(
             x, weight, bias, lora_down, lora_up, router, top_k, scale, renormalize, dropout,
             dropout_mode, seed, base_output, strategy,
@@ -111,10 +112,10 @@ def _run(
             )  # fmt: skip
     common.check_one_of("strategy", strategy, ops.STRATEGIES)
     y, *_, counts, prob_sums = common.run_mixture(
-        topk_mixture, TopkMixture, x, weight, bias, base_output, lora_up.shape[-1],
+        topk_mixture, TopkMixture, backend, x, weight, bias, base_output, lora_up.shape[-1],
         lora_down.contiguous(), lora_up.contiguous(), router.contiguous(), seed, top_k, scale,
         renormalize, dropout, dropout_mode == "expert",
-        ops.is_stacked(strategy, num_experts, top_k),
+        ops.is_stacked(backend, strategy, num_experts, top_k),
     )  # fmt: skip
     return y, Routing(counts, prob_sums)
 

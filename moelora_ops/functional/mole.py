@@ -148,7 +148,8 @@ def mole(
     _check_tau(tau, x)
     _check_masks(expert_mask, sequence_mask, x, num_experts, granularity)
     scales = common.expert_scales(scale, num_experts, x)
-    if common.uses_reference(x):
+    backend = common.backend_for(x)
+    if backend == "reference":
         with reference.no_autocast(x.device.type):
             return reference.mole(
                 x, weight, bias, lora_down, lora_up, gate, tau, scales, normalization, expert_mask,
@@ -179,13 +180,13 @@ def mole(
         )
         if granularity == "sequence":
             return _mole_per_sequence(
-                x, weight, bias, lora_down, lora_up, base_output, space, sequence_mask,
+                backend, x, weight, bias, lora_down, lora_up, base_output, space, sequence_mask,
                 return_gates,
             )  # fmt: skip
         y, gates, *_ = common.run_mixture(
-            output_gate_mixture, OutputGateMixture, x, weight, bias, base_output, out_features,
-            lora_down.contiguous(), lora_up.contiguous(), projection, tau, factors.factors,
-            factors.means, scales, expert_mask, ops.NORMALIZATIONS[normalization],
+            output_gate_mixture, OutputGateMixture, backend, x, weight, bias, base_output,
+            out_features, lora_down.contiguous(), lora_up.contiguous(), projection, tau,
+            factors.factors, factors.means, scales, expert_mask, ops.NORMALIZATIONS[normalization],
             mask_mode == "input",
         )  # fmt: skip
     return (y, gates.view(*x.shape[:-1], num_experts)) if return_gates else y
@@ -270,16 +271,17 @@ def gate_projection(
 
 
 def _mole_per_sequence(
-    x, weight, bias, lora_down, lora_up, base_output, space, sequence_mask, return_gates
+    backend, x, weight, bias, lora_down, lora_up, base_output, space, sequence_mask, return_gates
 ):
     """Shrink, then the gate of each sequence's mean, then expand: weights need every position."""
     down, up = lora_down.flatten(0, 1).contiguous(), lora_up.flatten(0, 1).contiguous()
     grad = torch.is_grad_enabled()
-    hidden = (Shrink.apply if grad else ops.shrink)(x.contiguous(), down)
+    rows = x.contiguous()
+    hidden = Shrink.apply(backend, rows, down) if grad else ops.of(backend).shrink(rows, down)
     gates = space.gates(sequence_mean(hidden, sequence_mask))
     per_row = (gates * space.scales).repeat_interleave(lora_down.shape[1], -1)
     y, *_ = common.run_mixture(
-        expand_mixture, ExpandMixture, x.contiguous(), weight, bias, base_output, lora_up.shape[2],
+        expand_mixture, ExpandMixture, backend, rows, weight, bias, base_output, lora_up.shape[2],
         hidden * per_row.unsqueeze(-2), up,
     )  # fmt: skip
     return (y, gates) if return_gates else y

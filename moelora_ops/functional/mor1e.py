@@ -91,7 +91,8 @@ def _run(
     table = rows_of = None
     if intuition is not None:
         table, rows_of = common.row_weights("intuition", intuition, x, row_map, (router.shape[0],))
-    if common.uses_reference(x):
+    backend = common.backend_for(x)
+    if backend == "reference":
         _check(
             x, weight, bias, lora_down, lora_up, router, omega, beta, intuition, token_scale,
             task_scale, mode, row_map, base_output,
@@ -102,7 +103,7 @@ def _run(
                 task_scale, mode=mode, row_map=row_map, base_output=base_output,
             )  # fmt: skip
     y, *_ = common.run_mixture(
-        grid_mixture, GridMixture, x, weight, bias, base_output, lora_up.shape[-1],
+        grid_mixture, GridMixture, backend, x, weight, bias, base_output, lora_up.shape[-1],
         lora_down.contiguous(), lora_up.contiguous(), router.contiguous(), omega, beta, table,
         rows_of, float(token_scale), float(task_scale), mode == "rank1",
     )  # fmt: skip

@@ -33,12 +33,15 @@ def shrink(x: Tensor, rows: Tensor) -> Tensor:
         x, rows = common.autocast(low, x, rows)
     common.check_input(x)
     _check_rows(rows, x, x.shape[-1])
-    if common.uses_reference(x):
+    backend = common.backend_for(x)
+    if backend == "reference":
         wide = ops.accumulator_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return x.to(wide) @ rows.to(wide).t()
-    run = Shrink.apply if torch.is_grad_enabled() else ops.shrink
-    return run(x.contiguous(), rows.contiguous())
+    x, rows = x.contiguous(), rows.contiguous()
+    if torch.is_grad_enabled():
+        return Shrink.apply(backend, x, rows)
+    return ops.of(backend).shrink(x, rows)
 
 
 def expand(hidden: Tensor, rows: Tensor, y: Tensor) -> Tensor:
@@ -69,10 +72,11 @@ def expand(hidden: Tensor, rows: Tensor, y: Tensor) -> Tensor:
         )
     if hidden.dtype != wide:
         raise TypeError(f"hidden: wanted dtype {wide} for y in {y.dtype}, got {hidden.dtype}")
-    if common.uses_reference(y):
+    backend = common.backend_for(y)
+    if backend == "reference":
         with torch.autocast(y.device.type, enabled=False):
             return (y.to(wide) + hidden @ rows.to(wide)).to(y.dtype)
-    arguments = (None, None, None, y, False, False, hidden.contiguous(), rows.contiguous())
+    arguments = (None, None, None, y, False, False, backend, hidden.contiguous(), rows.contiguous())
     return (
         ExpandMixture.apply(*arguments)
         if torch.is_grad_enabled()
