@@ -349,6 +349,39 @@ def test_a_wrong_baseline_is_refused():
     assert record["refused"].startswith("stacked: y:")
 
 
+class CoarseIn16Bits(StackedMoLALinear):
+    """The right function; in 16 bits it rounds its output to 3 bits where 8 would do."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if x.dtype.itemsize > 2 else y.to(torch.float8_e4m3fn).to(y.dtype)
+
+
+def test_a_coarse_baseline_competes_and_is_marked(capsys):
+    coarse = Variant("coarse", lambda case, layer: CoarseIn16Bits.from_reference(layer))
+    method = MOLA._replace(variants=(*MOLA.variants, coarse))
+    case = replace(TINY, dtype="bf16")
+    record = runner.run_case(method, case, "forward", QUICK)
+    (why,) = record["coarse"].values()
+    assert why.startswith("coarse: y: rms error")
+    assert record["variants"]["coarse"]["min_ms"] > 0
+    assert record["variants"]["coarse"]["errors"]["y"]["rms"] > 0.02
+    report.print_record(record)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "coarse † │" in shown and "† coarse: y: rms error" in shown
+
+
+def test_what_is_wrong_in_16_bits_and_in_32_is_refused():
+    wrong = Variant("wrong", lambda case, layer: nn.Sequential(layer, nn.Hardtanh()))
+    ours = CoarseIn16Bits.from_reference
+    for method, name in (
+        (MOLA._replace(variants=(*MOLA.variants, wrong)), "wrong"),
+        (with_ours(lambda case, layer: ours(layer)), "ours"),  # the allowance is for baselines
+    ):
+        record = runner.run_case(method, replace(TINY, dtype="bf16"), "forward", QUICK)
+        assert record["refused"].startswith(f"{name}: y: rms")
+
+
 def test_a_compiler_that_fails_is_a_reason(monkeypatch):
     def no_compiler(*_, **__):
         def fail(x):
@@ -418,6 +451,7 @@ def test_plot_has_one_panel_per_case():
         return {
             "case": case, "dtype": "bf16", "direction": "forward", "shape": "T=1",
             "floors": {"dense": 0.06, "sparse": 0.02}, "variants": {"base": {}, **variants},
+            "coarse": {"loop": "loop: y: rms error"} if "loop" in variants else {},
         }  # fmt: skip
 
     cases = [
@@ -434,6 +468,7 @@ def test_plot_has_one_panel_per_case():
     # The loop's bar is cut, and labelled with its figure all the same.
     assert stacked == pytest.approx(13) and ours == pytest.approx(-5) and 13 < loop < 20
     assert [t.get_text() for t in panels[0].texts] == [" +13.0 %", " +400.0 % (cut)", " -5.0 %"]
+    assert [t.get_text() for t in panels[0].get_yticklabels()] == ["stacked", "loop †", "ours"]
     assert [line.get_xdata()[0] for line in panels[0].lines] == [6.0, 2.0]
 
 

@@ -21,8 +21,10 @@ EXPLANATION = (
     " calls; tax = layer / base; x floor = overhead over the least arithmetic; saved = what"
     " autograd keeps for backward beyond x and the parameters, by saved_tensors_hooks, distinct"
     " storages; peak = most tensor memory in use during a step, beyond what was before; 16bit ="
-    " router logits rounded to x's dtype"
+    " router logits rounded to x's dtype; † = a baseline that keeps to its error budget in fp32 but"
+    " not in this dtype"
 )
+_COARSE = "†"
 _HEADERS = (
     "variant",
     "median ms",
@@ -102,7 +104,14 @@ def _note(record: dict) -> str:
     )
     if record["memory_target"] is not None:
         note += f"; memory target {record['memory_target'] / 1024:.0f} KiB"
-    return "; ".join([note, *(f"{name} skipped: {why}" for name, why in record["skipped"].items())])
+    notes = [note, *(f"{name} skipped: {why}" for name, why in record["skipped"].items())]
+    notes += [f"{_COARSE} {why}" for why in record["coarse"].values()]
+    return "; ".join(notes)
+
+
+def _label(record: dict, name: str) -> str:
+    """The variant's name, marked if it is coarse."""
+    return f"{name} {_COARSE}" if name in record["coarse"] else name
 
 
 def _rows(record: dict) -> list[list[str]]:
@@ -111,7 +120,7 @@ def _rows(record: dict) -> list[list[str]]:
         memory = [
             f"{v[key] / 1024:.0f}" if key in v else "-" for key in ("saved_bytes", "peak_bytes")
         ]
-        row = [name, f"{v['median_ms']:.3f}", f"{v['min_ms']:.3f}"]
+        row = [_label(record, name), f"{v['median_ms']:.3f}", f"{v['min_ms']:.3f}"]
         if name == BASE:
             row += ["-"] * 4
         else:
@@ -228,7 +237,8 @@ def _draw(axis, record: dict) -> None:
         axis.text(max(min(percent, limit), 0), i, text, va="center", fontsize=8)
     for (name, floor), style in zip(floors.items(), ("--", "-"), strict=True):
         axis.axvline(floor, color="tab:blue", linestyle=style, linewidth=1, label=f"{name} floor")
-    axis.set_yticks(range(len(overheads)), overheads, fontsize=8)
+    labels = [_label(record, name) for name in overheads]
+    axis.set_yticks(range(len(overheads)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(lowest, limit * 1.2)
     axis.set_xlabel("overhead, %", fontsize=8)
