@@ -1,6 +1,7 @@
 """PEMT: fused layers against literal ones, these against numpy, T5 models against plain T5."""
 
 import copy
+import importlib.util
 import io
 import json
 from dataclasses import replace
@@ -530,7 +531,9 @@ TINY_CASES = [
 def test_benchmark_competes_on_the_same_function(method, case, direction):
     """Every variant keeps to its error budget, or this raises."""
     ready = runner.prepare(method, case, direction, runner.Settings(compile=False))
-    assert list(ready.layers) == ["base", "stacked", "expert-loop", "ours"]
+    peft = ["peft-xlora"] if method is GATED and importlib.util.find_spec("peft") else []
+    assert list(ready.layers) == ["base", "stacked", "expert-loop", *peft, "ours"]
+    assert not ready.coarse
     assert all(("dx" in errors) == (direction == "train") for errors in ready.errors.values())
     assert runner.saved_bytes(ready.layers["ours"], ready.x) <= method.memory_target(case)
 

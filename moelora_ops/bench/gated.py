@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from ..nn import AdapterLinear
-from .method import DTYPES, Floors, Method, SequenceCase, Variant
+from .method import DTYPES, Floors, Method, SequenceCase, Variant, has_peft
 from .numerics import FORWARD, TRAIN
 
 
@@ -119,6 +120,38 @@ class ExpertLoopGatedLinear(GatedLinear):
         return self.base(x) + (outputs @ self.weights.to(x.dtype)[:, None, :, None]).squeeze(3)
 
 
+class PeftXLoRALinear(GatedLinear):
+    """PEFT's X-LoRA layer, run on views of our parameters; it takes weights per token."""
+
+    @classmethod
+    def sharing(cls, layer: GatedLinear) -> "PeftXLoRALinear":
+        """See :meth:`GatedLinear.sharing`."""
+        from peft import LoraConfig, XLoraConfig
+        from peft.tuners.lora.layer import Linear
+        from peft.tuners.xlora.layer import XLoraLinearLayer
+
+        experts, rank, _ = layer.lora_down.shape
+        names, config = [str(e) for e in range(experts)], LoraConfig(r=rank, lora_alpha=rank)
+        loras = Linear(copy.copy(layer.base), "0", config=config, r=rank, lora_alpha=rank)
+        for name in names[1:]:
+            loras.update_layer(name, rank, lora_alpha=rank, config=config)
+        loras.set_adapter(names)
+        for name, down, up in zip(names, layer.lora_down, layer.lora_up, strict=True):
+            for linear, view in ((loras.lora_A[name], down), (loras.lora_B[name], up.T)):
+                del linear.weight  # a Parameter, which a view is not
+                linear.weight = view
+        settings = XLoraConfig(hidden_size=layer.in_features, adapters=dict.fromkeys(names, ""))
+        other = super().sharing(layer)
+        enabled = SimpleNamespace(disabled=False)
+        other.xlora = XLoraLinearLayer(enabled, loras, loras.forward, 0, settings)
+        return other
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[batch, length, K]`` to y ``[batch, length, N]``."""
+        scalings = self.weights.to(x.dtype)[:, None, None].expand(-1, x.shape[1], -1, -1)
+        return self.xlora.forward(x, scalings=scalings)
+
+
 def make_inputs(case: GatedCase, seed: int = 0) -> tuple[GatedLinear, Tensor, Tensor]:
     """The fused layer, x ``[batch, length, K]`` and dy of `case`, all in its dtype.
 
@@ -163,6 +196,10 @@ def floors(case: GatedCase, direction: str) -> Floors:
     return Floors(dense=passes * one / base, sparse=passes * one / base)
 
 
+def _peft(case: GatedCase, layer: GatedLinear) -> PeftXLoRALinear | None:
+    return PeftXLoRALinear.sharing(layer) if has_peft() else None
+
+
 GATED = Method(
     name="gated",
     title="gated: experts with given weights on a frozen linear (PEMT, OrchMoE's sum, LoRA)",
@@ -179,6 +216,7 @@ GATED = Method(
             "stacked-compiled", lambda case, layer: StackedGatedLinear.sharing(layer), compiled=True
         ),
         Variant("expert-loop", lambda case, layer: ExpertLoopGatedLinear.sharing(layer)),
+        Variant("peft-xlora", _peft),
         Variant("ours", lambda case, layer: layer, baseline=False),
     ),
 )

@@ -1,6 +1,7 @@
 """What the benchmark has to know about a method: one :class:`Method` each."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -99,3 +100,8 @@ class Method(NamedTuple):
     memory_target: Callable[[Any], int]
     plain: str
     variants: tuple[Variant, ...]
+
+
+def has_peft() -> bool:
+    """Whether PEFT's layers can be built; where it is missing its variants are None."""
+    return importlib.util.find_spec("peft") is not None

@@ -1,7 +1,6 @@
 """OrchMoE and Polytropon in the benchmark: skills weighted per sequence, summed or averaged."""
 
 import copy
-import importlib.util
 import itertools
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn, reference
-from .method import DTYPES, Floors, Method, SequenceCase, Variant
+from .method import DTYPES, Floors, Method, SequenceCase, Variant, has_peft
 from .numerics import FORWARD, TRAIN
 
 
@@ -207,9 +206,7 @@ def _only(combine: str, cls: type[_Plain]):
 
 def _peft(case: OrchMoECase, layer: nn.OrchMoELinear) -> PeftPolyLinear | None:
     """None where PEFT is missing, or adds outputs: its Poly averages."""
-    if case.combine != "average" or importlib.util.find_spec("peft") is None:
-        return None
-    return PeftPolyLinear.of(layer)
+    return PeftPolyLinear.of(layer) if case.combine == "average" and has_peft() else None
 
 
 ORCHMOE = Method(
