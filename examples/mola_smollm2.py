@@ -40,13 +40,12 @@ from variants import (
     Trainer,
     load_model,
     load_tokenizer,
-    peak_bytes,
     share,
 )
 
 import moelora_ops
 from moelora_ops.backends.extension import isa_level
-from moelora_ops.bench.runner import Settings, time_rounds
+from moelora_ops.bench.runner import Settings, peak_bytes, time_rounds
 
 console = Console()
 

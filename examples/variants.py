@@ -10,7 +10,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import moelora_ops
 from moelora_ops.bench.baselines import StackedMoLALinear
@@ -123,19 +122,3 @@ def make_optimizer(parameters: list, lr: float, steps: int):
         optimizer, lambda i: min((i + 1) / warmup, max(0.0, (steps - i) / (steps - warmup + 1)))
     )
     return optimizer, schedule
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    """Most tensor memory in use at any time of `step`, beyond what was in use before it.
-
-    Counted from torch's own allocations: activations, gradients and scratch tensors; neither the
-    weights and the optimizer's state, nor what a library allocates by itself.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    in_use = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        in_use += event.nbytes()
-        peak = max(peak, in_use)
-    return peak

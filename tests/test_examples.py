@@ -242,21 +242,6 @@ def test_the_learning_rate_rises_then_falls_and_stays_positive(model):
     assert 0 < rates[-1] < 0.1
 
 
-def test_peak_bytes_counts_what_is_alive_together():
-    mib = 2**20
-
-    def step():
-        a = torch.empty(3 * mib, dtype=torch.uint8)
-        del a
-        b = torch.empty(2 * mib, dtype=torch.uint8)
-        c = torch.empty(2 * mib, dtype=torch.uint8)
-        del b, c
-
-    kept = torch.empty(8 * mib, dtype=torch.uint8)  # from before: not counted
-    assert variants.peak_bytes(step) == 4 * mib
-    del kept
-
-
 def test_markdown_table():
     assert report.markdown_table(["a", "b"], [["x", "1"], ["y", "2"]]) == (
         "| a | b |\n| --- | ---: |\n| x | 1 |\n| y | 2 |\n"
