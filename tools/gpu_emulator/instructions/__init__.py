@@ -1,0 +1,17 @@
+"""Decoders of all instructions, one family per file.  Importing this registers them."""
+
+from . import (  # noqa: F401
+    arithmetic,
+    atomics,
+    control,
+    conversion,
+    copy_async,
+    load_store,
+    logic,
+    mma,
+    move,
+    warp,
+    wgmma,
+)
+
+AT_EXIT = []

@@ -1,0 +1,5 @@
+from ..errors import Unsupported
+
+
+def decode_bulk(d):
+    raise Unsupported("cp.async.bulk")
