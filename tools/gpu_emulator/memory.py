@@ -117,8 +117,8 @@ class GlobalMemory:
             if lost.any():
                 at = int(np.flatnonzero(lost)[0])
                 raise Fault(
-                    f"{wave.thread_name(lanes[part][at])} and another thread store different values "
-                    f"to byte {addresses[part][at] - buffer.address} of {buffer.name} at once"
+                    f"{wave.thread_name(lanes[part][at])} and another thread store different "
+                    f"values to byte {addresses[part][at] - buffer.address} of {buffer.name} at once"
                 )
 
     def update(self, wave, lane: int, address: int, size: int) -> np.ndarray:

@@ -84,8 +84,9 @@ def _(d: Decoder):
     dtype = DTYPES[d.type]
     bits = 8 * dtype.itemsize
     signed = dtype.kind == "i"
-    source, position, length = (d.read(o, t) for o, t in zip(d.operands[1:4], (dtype, U32, U32),
-    strict=True)) out = d.write(d.operands[0], dtype)
+    source = d.read(d.operands[1], dtype)
+    position, length = (d.read(o, U32) for o in d.operands[2:4])
+    out = d.write(d.operands[0], dtype)
 
     def execute(wave, mask):
         values = wave.values

@@ -74,8 +74,8 @@ def _pack(d: Decoder, dtype, target, sources):
 @decodes("selp")
 def _(d: Decoder):
     dtype = DTYPES[d.type]
-    a, b, condition = (d.read(o, t) for o, t in zip(d.operands[1:4], (dtype, dtype, BOOL),
-    strict=True)) out = d.write(d.operands[0], dtype)
+    a, b = (d.read(o, dtype) for o in d.operands[1:3])
+    condition, out = d.read(d.operands[3], BOOL), d.write(d.operands[0], dtype)
 
     def execute(wave, mask):
         values = wave.values
