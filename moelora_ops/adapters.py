@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
-from .companions import COMPANIONS, Companion, companions_of
+from .companions import COMPANIONS, Companion, companions_of, plain_name
 from .configs.base import check_dtype, is_linear
 from .models import METHODS, Method, adapted_layers, adapter_tensors, install
 
@@ -162,7 +162,7 @@ def load_adapter(
         return model
 
     bases = {
-        _plain(name): (name, m)
+        plain_name(name): (name, m)
         for name, m in model.named_modules(remove_duplicate=False)
         if is_linear(m)
     }
@@ -197,7 +197,7 @@ def load_adapter(
         lambda device, dtype: {
             name: _empty_companion(entry, device, dtype) for name, entry in companions.items()
         },
-        lambda name, module: fill(_plain(name), module),
+        lambda name, module: fill(plain_name(name), module),
     )
 
 
@@ -329,7 +329,7 @@ def _entry(mapping: dict[str, Any], key: str, kind: type, path: Path) -> Any:
 
 def _layers(model: nn.Module) -> dict[str, _Part]:
     return {
-        _plain(layer.name): _Part(
+        plain_name(layer.name): _Part(
             layer.module,
             {"method": layer.method, **_described(layer.module, METHODS[layer.method].arguments)},
         )
@@ -378,13 +378,8 @@ def _empty_companion(
     return cls(**entry["arguments"], device=device, dtype=dtype)
 
 
-def _plain(name: str) -> str:
-    """A qualified name as it is without torch.compile, which wraps modules."""
-    return name.replace("_orig_mod.", "")
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {_plain(key): tensor for key, tensor in adapter_tensors(module).items()}
+    return {plain_name(key): tensor for key, tensor in adapter_tensors(module).items()}
 
 
 def _shapes(module: nn.Module) -> dict[str, list[int]]:

@@ -25,12 +25,20 @@ class Companion(nn.Module):
 
     arguments: ClassVar[tuple[str, ...]] = ()
 
+    def check(self, model: nn.Module) -> None:
+        """Raise ``ValueError`` if :meth:`attach` would fail; called before `model` is changed.
+
+        Args:
+            model: its root, with or without layers and companions.
+        """
+
     def attach(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         """Connect with `model`, in which the companion and `layers` are by now.
 
         Called after every change of layers (``apply``, ``load_adapter``, ``fuse``), so a second
-        call replaces what the first one did.  It must not fail.  Links from layers to companions
-        must not be registered submodules (keep them in a tuple): each tensor is saved once.
+        call replaces what the first one did.  It must not fail: :meth:`check` is there to refuse.
+        Links from layers to companions must not be registered submodules (keep them in a tuple):
+        each tensor is saved once.
 
         Args:
             model: its root.
@@ -51,6 +59,11 @@ def companion_name(kind: str, place: str = "") -> str:
             become slashes, as names of modules have none.
     """
     return f"{kind}/{place.replace('.', '/')}" if place else kind
+
+
+def plain_name(name: str) -> str:
+    """The qualified name without the wrappers of torch.compile, which show in it."""
+    return name.replace("_orig_mod.", "")
 
 
 def root_of(model: nn.Module) -> nn.Module:

@@ -266,6 +266,7 @@ def install(
         like = next(t for t in tensors if t.is_floating_point())
         new = companions(like.device, like.dtype)
         for name, companion in new.items():
+            companion.check(root)
             prepare(f"{COMPANIONS}.{name}", companion.train(model.training))
     model.requires_grad_(False)
     _replace(model, {base: layer for base, (layer, _) in made.items()})
@@ -289,7 +290,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: there is no such layer, or one has hooks, which would be lost, or a PEFT layer
-            is more than one plain LoRA, under X-LoRA several.
+            is more than one plain LoRA, under X-LoRA several, or `model` has lost what a companion
+            needs.
     """
     _check_model(model)
     fused = {
@@ -310,6 +312,8 @@ def fuse(model: nn.Module) -> nn.Module:
         raise ValueError(
             "model: has no reference layers to fuse, and none of PEFT's LoRA, X-LoRA or Poly"
         )
+    for companion in companions_of(model).values():
+        companion.check(root_of(model))
     with _requirements_kept(model):
         made = {layer: build(layer) for layer, build in fused.values()}
     _replace(model, made)

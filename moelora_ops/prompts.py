@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .companions import Companion
+from .companions import Companion, plain_name
 from .reference import combine_prompts
 
 # Order of a T5 stack's positional arguments.
@@ -106,7 +106,14 @@ class _TaskPrompt(Companion):
         dropout = self.dropout if self.training else 0.0
         return combine_prompts(self.target, self.sources, dropout)
 
+    def check(self, model: nn.Module) -> None:
+        """See :meth:`Companion.check`."""
+        width = t5_stacks(model)["encoder"].embed_tokens.weight.shape[1]
+        if width != self.features:
+            raise ValueError(f"model: wanted embeddings of width {self.features}, got {width}")
+
     def attach(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        """See :meth:`Companion.attach`; hooks the stacks and the blocks of `layers`."""
         for handle in self._handles:
             handle.remove()
         stacks = t5_stacks(model)
@@ -178,7 +185,7 @@ class TrainedNorms(Companion):
     """The LayerNorms that stage 2 trains: the model's own parameters, saved with the adapter.
 
     Args:
-        names: qualified names of weights of the model.
+        names: qualified names of weights of the model, without torch.compile's wrappers.
         sizes: number of elements of each.
 
     Before :meth:`attach` it has values of its own; then it has the model's parameters, which have
@@ -196,10 +203,20 @@ class TrainedNorms(Companion):
             torch.empty(size, device=device, dtype=dtype) for size in sizes
         )
 
+    def check(self, model: nn.Module) -> None:
+        """See :meth:`Companion.check`."""
+        present = _plain_parameters(model)
+        for name, size in zip(self.names, self.sizes, strict=True):
+            got = list(present[name].shape) if name in present else None
+            if got != [size]:
+                raise ValueError(f"model: wanted a parameter {name} of shape [{size}], got {got}")
+
     @torch.no_grad()
     def attach(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        """See :meth:`Companion.attach`; the model's norms take the values and are trained."""
+        present = _plain_parameters(model)
         for i, name in enumerate(self.names):
-            weight = model.get_parameter(name)
+            weight = present[name]
             if weight is not self.weights[i]:
                 weight.copy_(self.weights[i])
                 self.weights[i] = weight
@@ -210,13 +227,18 @@ class TrainedNorms(Companion):
 
 
 def norm_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every LayerNorm or RMSNorm weight of `model` (and bias, if any), by qualified name."""
+    """Every LayerNorm or RMSNorm weight of `model` (and bias, if any), by plain name."""
     return {
-        f"{module_name}.{name}": parameter
+        plain_name(f"{module_name}.{name}"): parameter
         for module_name, module in model.named_modules()
         if type(module).__name__.lower().endswith(("layernorm", "rmsnorm"))
         for name, parameter in module.named_parameters(recurse=False)
     }
+
+
+def _plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {plain_name(name): parameter for name, parameter in parameters}
 
 
 class _HandEncoderStates:

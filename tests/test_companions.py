@@ -337,6 +337,28 @@ def test_a_failing_companion_changes_nothing(monkeypatch):
     assert snapshot(model) == before
 
 
+def test_a_companion_that_the_model_does_not_suit_changes_nothing(saved, monkeypatch):
+    def unsuited(companion, model):
+        assert model is root
+        raise ValueError("model: wanted another")
+
+    root = adapted(2, implementation="reference")
+    monkeypatch.setattr(Scale, "check", unsuited)
+    before = snapshot(root)
+    with pytest.raises(ValueError, match="model: wanted another"):
+        moelora_ops.fuse(root)
+    assert snapshot(root) == before
+    root = bare()
+    before = snapshot(root)
+    for change in (
+        lambda: moelora_ops.apply(root, MixConfig(loras())),
+        lambda: moelora_ops.load_adapter(root, saved),
+    ):
+        with pytest.raises(ValueError, match="model: wanted another"):
+            change()
+        assert snapshot(root) == before
+
+
 def test_a_linear_registered_twice_needs_equal_tensors():
     model = bare()
     model.layers[1]["up"] = model.layers[0]["up"]

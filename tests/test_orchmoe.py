@@ -573,6 +573,24 @@ def test_saved_copied_and_pickled_models_are_the_same(config, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "place", (["nowhere", ""], ["layers.7", ""], ["", ""], ["layers.0", "nowhere"])
+)
+def test_a_model_without_the_modules_of_a_router_is_left_as_it_was(place, tmp_path):
+    pytest.importorskip("safetensors")
+    toy = Toy()
+    moelora_ops.save_adapter(moelora_ops.apply(copy.deepcopy(toy), CONFIGS["model"]), tmp_path)
+    index = json.loads((tmp_path / "adapter.json").read_text())
+    (entry,) = index["companions"].values()
+    entry["arguments"]["places"][0][:2] = place
+    (tmp_path / "adapter.json").write_text(json.dumps(index))
+    before = dict(toy.named_modules())
+    with pytest.raises(ValueError, match=f"model: wanted a module '{place[0]}' in a stack"):
+        moelora_ops.load_adapter(toy, tmp_path)
+    assert dict(toy.named_modules()) == before
+    assert all(p.requires_grad for p in toy.parameters())
+
+
+@pytest.mark.parametrize(
     "make, message",
     [
         (lambda: OrchMoEConfig(share="token"), "share: wanted one of"),

@@ -1067,6 +1067,65 @@ def test_models_that_do_not_fit_are_refused_and_left_as_they_were():
         moelora_ops.apply(deeper, moelora_ops.PEMTConfig(good, 2))
 
 
+def without(path):
+    def change(model):
+        parent, _, name = path.rpartition(".")
+        delattr(model.get_submodule(parent), name)
+
+    return change
+
+
+def with_wider_norm(model):
+    model.encoder.final_layer_norm.weight = nn.Parameter(torch.ones(17))
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (
+            r"wanted a parameter encoder\.final_layer_norm\.weight of shape \[16\], got None",
+            without("encoder.final_layer_norm"),
+        ),
+        (r"final_layer_norm\.weight of shape \[16\], got \[17\]", with_wider_norm),
+        ("model: wanted a T5-type model", without("encoder.is_decoder")),
+        (
+            "model: wanted embeddings of width 16, got 8",
+            lambda model: model.encoder.set_input_embeddings(nn.Embedding(40, 8)),
+        ),
+    ],
+    ids=["missing norm", "wider norm", "no encoder", "narrow embeddings"],
+)
+def test_a_model_that_a_file_does_not_suit_is_left_as_it_was(message, change, tmp_path):
+    pytest.importorskip("safetensors")
+    moelora_ops.save_adapter(target_model(), tmp_path)
+    model = tiny_t5()
+    change(model)
+    modules = dict(model.named_modules())
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        moelora_ops.load_adapter(model, tmp_path)
+    assert dict(model.named_modules()) == modules
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in modules.values())
+    for name, p in model.named_parameters():
+        assert p.requires_grad and torch.equal(p, values[name])
+
+
+def test_norms_of_compiled_blocks_are_found_by_their_plain_names(tmp_path):
+    pytest.importorskip("safetensors")
+    model = target_model()
+    moelora_ops.save_adapter(model, tmp_path)
+    wrapped = tiny_t5()
+    wrapped.encoder.block[0] = torch.compile(wrapped.encoder.block[0], backend="eager")
+    assert any("_orig_mod." in name for name, _ in wrapped.named_parameters())
+    with torch.no_grad():
+        wrapped.encoder.block[0].layer[0].layer_norm.weight.fill_(3)
+    moelora_ops.load_adapter(wrapped, tmp_path)
+    assert torch.equal(
+        wrapped.encoder.block[0].layer[0].layer_norm.weight,
+        model.encoder.block[0].layer[0].layer_norm.weight,
+    )
+
+
 def test_what_is_no_source_is_refused(tmp_path):
     with pytest.raises(ValueError, match="source: wanted PEMT's stage 1, got no adapters"):
         moelora_ops.pemt_source(tiny_t5())

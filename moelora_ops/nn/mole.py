@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import balance, functional, reference
-from ..companions import Companion
+from ..companions import Companion, plain_name
 from ..functional.mole import (
     GRANULARITIES,
     MASK_MODES,
@@ -297,8 +297,7 @@ class SharedGate(Companion):
 
     def attach(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         """Connect with the layers of the names that the constructor got."""
-        # torch.compile wraps modules, which shows in their names.
-        plain = {name.replace("_orig_mod.", ""): layer for name, layer in layers.items()}
+        plain = {plain_name(name): layer for name, layer in layers.items()}
         leaders, followers = (
             [plain[name] for name in names if name in plain]
             for names in (self.leaders, self.followers)

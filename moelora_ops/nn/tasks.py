@@ -328,6 +328,20 @@ class TaskRouters(TaskSource):
         self.prompt: Tensor | None = None  # see prompt_mask
         self._slots: list[int] = []
 
+    def check(self, model: nn.Module) -> None:
+        """See :meth:`Companion.check`."""
+        for reads, serves, _ in self.places:
+            try:
+                model.get_submodule(serves), model.get_submodule(reads)
+                stack = numbered_layer(model, reads)
+            except AttributeError:
+                stack = None
+            if stack is None:
+                raise ValueError(
+                    f"model: wanted a module {reads!r} in a stack of layers, for a task router to "
+                    f"read, and {serves or 'the model'!r} around those that it serves"
+                )
+
     def attach(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         """See :meth:`Companion.attach`."""
         holders = {"": None} | {
