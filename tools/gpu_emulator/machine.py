@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 
-from . import instructions
+from . import instructions as _registers_decoders  # noqa: F401
 from .counting import Counts, Traffic
 from .errors import Fault, Unsupported
 from .memory import GlobalMemory, PrivateMemory, SharedMemory
@@ -63,6 +63,7 @@ class Wave:
         self.parameters = launch.parameters
         self.memory = launch.memory
         self.state: dict = {}  # what families of instructions keep between instructions, by family
+        self.at_exit: list = []  # called when all threads have exited
         self.values = self._values(program)
 
     def _values(self, program: Program) -> list:
@@ -363,8 +364,8 @@ class Launch:
                 wave = Wave(self, blocks[start : start + per_wave])
                 try:
                     wave.run()
-                    for finish in instructions.AT_EXIT:
-                        finish(wave)
+                    for finish in wave.at_exit:
+                        finish()
                 except (Fault, Unsupported) as error:
                     raise type(error)(self._at(wave.at, str(error))) from None
                 except Exception as error:

@@ -118,7 +118,7 @@ class GlobalMemory:
                 at = int(np.flatnonzero(lost)[0])
                 raise Fault(
                     f"{wave.thread_name(lanes[part][at])} and another thread store different "
-                    f"values to byte {addresses[part][at] - buffer.address} of {buffer.name} at once"
+                    f"values to byte {addresses[part][at] - buffer.address} of {buffer.name}"
                 )
 
     def update(self, wave, lane: int, address: int, size: int) -> np.ndarray:
@@ -129,6 +129,14 @@ class GlobalMemory:
         buffer.stores.add(wave.warp[lanes], addresses, size)
         index = (address - buffer.base) // size
         return buffer.units.of(size)[index : index + 1]
+
+    def peek(self, wave, lane: int, address: int, size: int) -> bytes:
+        """Bytes that are fetched beside the traffic that is counted."""
+        lanes, addresses = np.full(size, lane), address + np.arange(size)
+        data = np.empty(size, np.uint8)
+        for buffer, part in self._locate(wave, lanes, addresses, 1):
+            data[part] = buffer.units.data[addresses[part] - buffer.base]
+        return data.tobytes()
 
     def check(self, wave, lanes, addresses, size) -> None:
         """Faults as an access now would."""

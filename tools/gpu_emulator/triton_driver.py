@@ -253,11 +253,12 @@ class _Launcher:
         values, tensors = [], {}
         for (name, kind), argument in zip(self.source.signature.items(), arguments, strict=True):
             _flatten(name, kind, argument, values, tensors)
-        for size in (metadata.global_scratch_size, metadata.profile_scratch_size):
-            scratch = (
-                torch.zeros(size * int(np.prod(grid)) + 128, dtype=torch.uint8) if size else None
-            )
-            values.append(scratch[-scratch.data_ptr() % 128 :] if size else 0)
+        for name in ("global_scratch", "profile_scratch"):
+            size = getattr(metadata, f"{name}_size")
+            if size:
+                memory = torch.zeros(size * int(np.prod(grid)) + 128, dtype=torch.uint8)
+                tensors[name] = memory[-memory.data_ptr() % 128 :]
+            values.append(tensors.get(name, 0))
         return run(
             kernel, grid, (32 * metadata.num_warps,), values[: len(kernel.parameters)],
             shared=metadata.shared, buffers=tensors, **options,

@@ -8,10 +8,10 @@ from . import (  # noqa: F401
     copy_async,
     load_store,
     logic,
+    mbarrier,
     mma,
     move,
+    tma,
     warp,
     wgmma,
 )
-
-AT_EXIT = []
