@@ -67,23 +67,21 @@ class Wave:
         self.values = self._values(program)
 
     def _values(self, program: Program) -> list:
-        files: dict[int, list[str]] = {}
-        for name, dtype in program.kernel.registers.items():
-            key = 0 if dtype == BOOL else dtype.itemsize
-            files.setdefault(key, []).append(name)
-        rows: dict[str, np.ndarray] = {}
-        for size, members in files.items():
-            dtype = np.bool_ if size == 0 else f"u{size}"
-            # Garbage, the same in every run, for who reads a register before it is written.
-            file = np.full((len(members), self.count), size != 0 and 256**size // 3, dtype)
-            rows.update(zip(members, file, strict=True))
+        # Garbage, the same in every run, for who reads a register before it is written.
+        files = {
+            dtype: np.full((rows, self.count), dtype != BOOL and 256**dtype.itemsize // 3, dtype)
+            for dtype, rows in program.files.items()
+        }
+        rows: dict[tuple, list] = {}
         values = []
         for slot in program.slots:
             if isinstance(slot, Register):
-                row = rows.get(slot.name)
-                if row is None:  # "_", where results go that nobody wants
-                    row = np.empty(self.count, slot.dtype)
-                values.append(_seen_as(row, slot.dtype))
+                key = (slot.file, slot.dtype)
+                if key not in rows:
+                    # Of a wider register the low part, which comes first.
+                    step = slot.file.itemsize // slot.dtype.itemsize
+                    rows[key] = list(files[slot.file].view(slot.dtype)[:, ::step])
+                values.append(rows[key][slot.row])
             elif isinstance(slot, Special):
                 values.append(self._special(slot.name).astype(slot.dtype))
             else:
@@ -148,7 +146,7 @@ class Wave:
 
     def spread(self, value) -> np.ndarray:
         """[lanes] of a value that may be one for all."""
-        return np.broadcast_to(value, (self.count,))
+        return value if np.ndim(value) else np.broadcast_to(value, (self.count,))
 
     def exit(self, mask) -> None:
         self.live[self.active(mask)] = False
@@ -284,14 +282,6 @@ class Wave:
             if pc == stop:
                 self.pc[self.active(mask)] = pc
                 return
-
-
-def _seen_as(row: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if row.dtype == dtype:
-        return row
-    view = row.view(dtype)
-    # Of a wider register the low part, which comes first.
-    return view if len(view) == len(row) else view[:: len(view) // len(row)]
 
 
 class Launch:

@@ -312,7 +312,7 @@ class SharedMemory:
             self.wrote[parts(index, ratio)] = np.repeat(wave.tag[lanes], ratio)
 
     def start_read(self, wave, lanes, addresses, size) -> np.ndarray:
-        """An asynchronous operation by the warp groups of these lanes reads here from now on.
+        """One asynchronous operation by the warp groups of these lanes reads here from now on.
         Returns the indices of the units, for `finish_read`.
         """
         index = self.locate(wave, lanes, addresses, size)
@@ -323,14 +323,14 @@ class SharedMemory:
             recent = wrote >= np.repeat(wave.floor[lanes], ratio)
             self._fault(wave, lanes, at, recent, "asynchronous read", ratio)
             self._fault(wave, lanes, at, wrote == 0, "uninitialised", ratio)
-            np.add.at(self.in_flight, at, 1)
+            self.in_flight[at] += 1
         return index
 
     def finish_read(self, wave, lanes, index, size) -> np.ndarray:
         if self.check:
             ratio = size // self.unit
             at = parts(index, ratio)
-            np.add.at(self.in_flight, at, -1)
+            self.in_flight[at] -= 1
             self.was_read[at] = np.repeat(wave.floor[lanes] + self.SEVERAL, ratio)
         return self.units.of(size)[index]
 

@@ -13,6 +13,7 @@ raised when it is reached.
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,7 +58,10 @@ class Step(NamedTuple):
 
 
 class Register(NamedTuple):
-    name: str
+    """A row of a register file, which holds all registers of one size, seen as `dtype`."""
+
+    file: np.dtype  # bool or unsigned
+    row: int
     dtype: np.dtype
 
 
@@ -81,6 +85,7 @@ class Program:
     kernel: Kernel
     steps: list[Step]
     slots: list  # Register, Special, or a numpy scalar
+    files: dict[np.dtype, int]  # registers of each size
     shared_unit: int  # bytes of the smallest access to shared memory
     global_unit: int  # and to global memory
     block_barriers_only: bool  # threads of a block synchronise by `bar.sync 0` and in no other way
@@ -95,6 +100,12 @@ class Decoder:
         self.kernel = kernel
         self.slots: list = []
         self._known: dict = {}
+        self.files: Counter = Counter()
+        self._places: dict[str, tuple[np.dtype, int]] = {}
+        for name, dtype in kernel.registers.items():
+            file = dtype if dtype == BOOL else UNSIGNED[dtype.itemsize]
+            self._places[name] = file, self.files[file]
+            self.files[file] += 1
         # What is found out about the kernel on the way; see Program.
         self.shared_sizes: set[int] = set()
         self.global_sizes: set[int] = set()
@@ -196,10 +207,12 @@ class Decoder:
                 dtype = (_SIGNED if dtype.kind == "i" else UNSIGNED)[size]
             elif dtype.itemsize > size:
                 raise Unsupported(f"{operand} has {size} bytes, not {dtype.itemsize}")
-            return Register(operand, dtype)
+            return Register(*self._places[operand], dtype)
         if use == "write":
-            if operand == "_":
-                return Register("_", dtype)
+            if operand == "_":  # a result that nobody wants
+                file = dtype if dtype == BOOL else UNSIGNED[dtype.itemsize]
+                self.files[file] += 1
+                return Register(file, self.files[file] - 1, dtype)
             raise Unsupported(f"destination {operand}")
         if operand[0] == "%" or operand == "WARP_SZ":
             return Special(operand, dtype)
@@ -244,6 +257,7 @@ def decode(kernel: Kernel) -> Program:
         kernel=kernel,
         steps=steps,
         slots=decoder.slots,
+        files=decoder.files,
         shared_unit=min(decoder.shared_sizes, default=16),
         global_unit=min(decoder.global_sizes, default=16),
         block_barriers_only=decoder.block_barriers_only,

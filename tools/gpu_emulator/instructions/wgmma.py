@@ -126,13 +126,16 @@ def _multiply(d: Decoder):
             return
         values = wave.values
         queue = _queue(wave)
-        a = None
-        if a_descriptor is not None:
-            a = _start_read(wave, groups, values[a_descriptor], 64, k, a_transposed)
-        b = _start_read(wave, groups, values[b_descriptor], n, k, b_transposed)
-        adds = wave.spread(values[accumulate])[groups]
-        queue.products.append(_Products(groups, queue.committed[groups], adds, a, b, finish))
         wave.launch.tensor_flops["wgmma"] += flops * len(groups)
+        # One warp group of each block at a time, so that no unit is read twice by one call.
+        place = wave.thread[groups]
+        for part in [groups[place == p] for p in np.unique(place)]:
+            a = None
+            if a_descriptor is not None:
+                a = _start_read(wave, part, values[a_descriptor], 64, k, a_transposed)
+            b = _start_read(wave, part, values[b_descriptor], n, k, b_transposed)
+            adds = wave.spread(values[accumulate])[part]
+            queue.products.append(_Products(part, queue.committed[part], adds, a, b, finish))
 
     def finish(wave, products):
         groups = products.groups
