@@ -16,8 +16,9 @@ from moelora_ops.bench.baselines import (
     ExpertLoopMoLALinear,
     FastStackedMoLALinear,
     StackedMoLALinear,
+    TouchedLinear,
 )
-from moelora_ops.bench.method import Variant
+from moelora_ops.bench.method import DTYPES, Variant
 from moelora_ops.bench.mola import MOLA, MoLACase, floors, make_inputs, near_ties, reference_layer
 from moelora_ops.bench.numerics import (
     Error,
@@ -349,6 +350,20 @@ def test_a_wrong_baseline_is_refused():
     assert record["refused"].startswith("stacked: y:")
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_touching_changes_nothing(dtype):
+    base = nn.Linear(12, 7, dtype=dtype)
+    x = torch.randn(3, 5, 12, dtype=dtype, requires_grad=True)
+    x.data[0, 0, 0], base.weight.data[1] = -0.0, 0.0
+    outputs = []
+    for layer in (base, TouchedLinear(base)):
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        outputs.append((y, dx))
+    for want, got in zip(*outputs, strict=True):
+        assert torch.equal(want.signbit(), got.signbit()) and torch.equal(want, got)
+
+
 class CoarseIn16Bits(StackedMoLALinear):
     """The right function; in 16 bits it rounds its output to 3 bits where 8 would do."""
 
@@ -395,7 +410,7 @@ def test_a_compiler_that_fails_is_a_reason(monkeypatch):
     settings = QUICK._replace(compile=True, variants=("stacked-compiled", "ours"))
     record = runner.run_case(MOLA, TINY, "forward", settings)
     assert record["skipped"] == {"stacked-compiled": "torch.compile: RuntimeError: no C++ compiler"}
-    assert record["variants"].keys() == {"base", "ours"}
+    assert record["variants"].keys() == {"base", "touch", "ours"}
 
 
 def test_command_end_to_end(tmp_path, capsys):
@@ -414,7 +429,7 @@ def test_command_end_to_end(tmp_path, capsys):
         ("bf16", "forward"), ("bf16", "train"), ("fp32", "forward"), ("fp32", "train"),
     ]  # fmt: skip
     for case in cases:
-        names = {"base", "stacked", "expert-loop", "ours"}
+        names = {"base", "touch", "stacked", "expert-loop", "ours"}
         names |= {"stacked-16bit"} if case["dtype"] == "bf16" else set()
         assert case["variants"].keys() == names and case["rounds"] == 3
         assert all(v["min_ms"] > 0 for v in case["variants"].values())

@@ -89,3 +89,57 @@ class ExpertLoopMoLALinear(_PlainMoLALinear):
             mixture.index_add_(0, rows, output * weights[rows, slot].unsqueeze(-1))
         y = self.base(tokens) + mixture
         return y.view(*x.shape[:-1], self.out_features)
+
+
+class TouchedLinear(torch.nn.Module):
+    """A frozen linear whose x is read and y rewritten after its product, and no adapter.
+
+    Backward dy is read and dx rewritten.  That much memory any adapter moves that is not fused into
+    the library's GEMM, however little it computes.
+    """
+
+    def __init__(self, base: torch.nn.Module):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., K]`` to base(x) ``[..., N]``."""
+        x = _RewriteGradient.apply(x)
+        return _Touch.apply(x, self.base(x))
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _read(t: Tensor) -> None:
+    if t.numel():
+        t.view(_BITS[t.itemsize]).amax()
+
+
+def _rewrite(t: Tensor) -> None:
+    t.view(_BITS[t.itemsize]).bitwise_xor_(0)
+
+
+class _Touch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        _read(x)
+        _rewrite(y)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
+        _read(dy)
+        return None, dy
+
+
+class _RewriteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor) -> Tensor:
+        _rewrite(dx)
+        return dx

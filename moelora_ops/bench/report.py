@@ -14,17 +14,20 @@ from pathlib import Path
 
 from .. import info
 from .method import Method
-from .runner import BASE, Settings
+from .runner import BASE, TOUCH, Settings
 
 EXPLANATION = (
     "overhead = layer / frozen base - 1: median of the ratios inside each round, and of the fastest"
     " calls; tax = layer / base; x floor = overhead over the least arithmetic; saved = what"
     " autograd keeps for backward beyond x and the parameters, by saved_tensors_hooks, distinct"
-    " storages; peak = most tensor memory in use during a step, beyond what was before; 16bit ="
+    " storages; peak = most tensor memory in use during a step, beyond what was before; touch = the"
+    " frozen base, then x read and y rewritten (backward dy and dx) and no adapter: what moving the"
+    " memory alone costs; 16bit ="
     " router logits rounded to x's dtype; † = a baseline that keeps to its error budget in fp32 but"
     " not in this dtype"
 )
 _COARSE = "†"
+_COLORS = {"ours": "tab:orange", TOUCH: "tab:blue"}
 _HEADERS = (
     "variant",
     "median ms",
@@ -232,7 +235,8 @@ def _draw(axis, record: dict) -> None:
     limit = 1.25 * max(floors["dense"], slowest if slowest <= 3 * second else second)
     lowest = min(0.0, *overheads.values()) * 1.25
     for i, (name, percent) in enumerate(overheads.items()):
-        axis.barh(i, min(percent, limit), color="tab:orange" if name == "ours" else "tab:gray")
+        color = _COLORS.get(name, "tab:gray")
+        axis.barh(i, min(percent, limit), color=color)
         text = f" {percent:+.1f} %" + (" (cut)" if percent > limit else "")
         axis.text(max(min(percent, limit), 0), i, text, va="center", fontsize=8)
     for (name, floor), style in zip(floors.items(), ("--", "-"), strict=True):

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from .. import backends
 from . import numerics
+from .baselines import TouchedLinear
 from .method import DTYPES, Method
 from .numerics import TRAIN, InputsError, NumericsError
 
 BASE = "base"
+TOUCH = "touch"
 _MIN_ROUNDS = 3
 _MIN_SAMPLE_SECONDS = 2e-3
 
@@ -44,7 +46,7 @@ class Competition(NamedTuple):
 
     Attributes:
         x, dy: the inputs.
-        layers: what to time, by name; the frozen linear first.
+        layers: what to time, by name; the frozen linear first, then the same with x and y touched.
         skipped: why a variant is not among them, by name.
         coarse: baselines among them that round more than their budget allows, and where, by name.
         errors: of each checked variant and quantity.
@@ -78,7 +80,7 @@ def prepare(method: Method, case: Any, direction: str, settings: Settings) -> Co
     plain = outputs(builders[method.plain](case, layer))
     exam.check_baseline(method.plain, plain)
 
-    layers: dict[str, nn.Module] = {BASE: layer.base}
+    layers: dict[str, nn.Module] = {BASE: layer.base, TOUCH: TouchedLinear(layer.base)}
     skipped, coarse, errors = {}, {}, {}
     for variant in method.variants:
         if settings.variants is not None and variant.name not in settings.variants:
