@@ -242,10 +242,17 @@ def test_a_compiled_layer_follows_the_choice_of_its_thread(built, first):
 
 
 def test_available_says_why_not(not_built):
-    assert dict(backends.available()) == {
-        "cpu": "the compiled extension is not built",
-        "reference": "",
-    }
+    why = dict(backends.available())
+    assert why.keys() == {"cpu", "triton", "reference"}
+    assert why["cpu"] == "the compiled extension is not built"
+    assert why["reference"] == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_back_end_without_its_device_is_not_available(monkeypatch):
+    table = tuple(row._replace(missing=lambda: "") for row in backends.BACKENDS)
+    monkeypatch.setattr(backends, "BACKENDS", table)
+    assert dict(backends.available())["triton"] == "there is no cuda device"
 
 
 # New processes: what happens at import.

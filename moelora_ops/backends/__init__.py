@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import extension
+from . import extension, triton
 
 
 class Backend(NamedTuple):
@@ -39,6 +39,7 @@ _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # In order of preference per device.
 BACKENDS = (
     Backend("cpu", "cpu", _FLOATS | {torch.float64}, extension.why_missing),
+    Backend("triton", "cuda", _FLOATS, triton.why_missing),
     Backend("reference", None, _FLOATS | {torch.float64}, lambda: ""),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -160,4 +161,9 @@ def _callers_level() -> int:
 def available() -> Iterator[tuple[str, str]]:
     """(name, why it cannot run here or "") for every back end."""
     for backend in BACKENDS:
-        yield backend.name, backend.missing()
+        yield backend.name, backend.missing() or _missing_device(backend.device)
+
+
+def _missing_device(device: str | None) -> str:
+    there = device in (None, "cpu") or torch.get_device_module(device).is_available()
+    return "" if there else f"there is no {device} device"

@@ -1,0 +1,131 @@
+"""Between tensors and kernels: rows and strides, the architecture, launch options."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .tiles import Arch, cdiv
+
+
+class Rows(NamedTuple):
+    """A tensor [..., columns] as a matrix with contiguous rows.
+
+    Attributes:
+        data: the tensor.
+        count, columns: its shape as a matrix.
+        stride: elements from a row to the next.
+    """
+
+    data: Tensor
+    count: int
+    columns: int
+    stride: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether 8 divides what the kernels add to its address."""
+        return self.columns % 8 == 0 and self.stride % 8 == 0
+
+
+def rows_of(t: Tensor, name: str) -> Rows:
+    """`t` as rows.
+
+    Raises:
+        RuntimeError: it is neither contiguous nor a matrix with contiguous rows.
+    """
+    columns = t.shape[-1]
+    count = t.numel() // columns if columns else t.shape[:-1].numel()
+    if t.is_contiguous():
+        return Rows(t, count, columns, columns)
+    if t.dim() != 2 or (columns > 1 and t.stride(1) != 1):
+        raise RuntimeError(f"{name}: wanted a contiguous tensor or a matrix with contiguous rows")
+    return Rows(t, count, columns, t.stride(0))
+
+
+def check_like(t: Tensor, x: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """That the kernels read and write `t` inside its memory: x's dtype, this shape, contiguous.
+
+    Raises:
+        RuntimeError: it is not so; the message names `t`.
+    """
+    if t.dtype != x.dtype:
+        raise RuntimeError(f"{name}: wanted {x.dtype} like x, got {t.dtype}")
+    if t.shape != shape:
+        raise RuntimeError(f"{name}: wanted shape {list(shape)}, got {list(t.shape)}")
+    if not t.is_contiguous():
+        raise RuntimeError(f"{name}: wanted a contiguous tensor")
+
+
+def pitch(columns: int) -> int:
+    """Elements from a row to the next in a workspace: whole 16-byte loads."""
+    return 8 * cdiv(columns, 8)
+
+
+def workspace(like: Tensor, tokens: int, columns: int) -> Rows:
+    """Uninitialised rows in the dtype and on the device of `like`."""
+    stride = pitch(columns)
+    return Rows(like.new_empty((tokens, stride)), tokens, columns, stride)
+
+
+def in_workspace(t: Tensor, like: Tensor) -> Rows:
+    """`t` [..., columns], contiguous, as the products take it: a copy in the dtype of `like`."""
+    columns = t.shape[-1]
+    rows = workspace(like, t.shape[:-1].numel(), columns)
+    rows.data[:, :columns].copy_(t.view(rows.count, columns))
+    return rows
+
+
+class Launch(NamedTuple):
+    """A kernel launch but for the kernel.
+
+    Attributes:
+        grid: how many blocks, up to three numbers.
+        arguments: positional.
+        constants: compile-time constants and launch options.
+    """
+
+    grid: tuple[int, ...]
+    arguments: tuple
+    constants: dict
+
+    def run(self, kernel) -> None:
+        """Launch; an empty grid is none."""
+        if min(self.grid):
+            kernel[self.grid](*self.arguments, **self.constants)
+
+
+def arch() -> Arch:
+    """What the current device is."""
+    driver = triton.runtime.driver.active
+    return _arch(driver.get_current_target(), driver.get_current_device())
+
+
+@functools.cache
+def _arch(target, device) -> Arch:
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    name = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+    return Arch(target.backend, name, properties["multiprocessor_count"])
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies `dtype`.
+
+    float32 goes through six bfloat16 products on tensor cores, which errs less than a float32 FMA
+    loop does, unless torch's own switch allows TF32.  AMD's matrix cores take float32 as it is.
+    """
+    if dtype != torch.float32 or arch().kind != "cuda":
+        return "ieee"
+    # The older torch.backends.cuda.matmul.allow_tf32 shows here too, and raises beside this one.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "bf16x6"
+
+
+def options(warps: int, stages: int) -> dict:
+    """Launch options of every kernel.
+
+    Multiply-adds are never fused outside of tl.dot: a mix is compiled into several kernels, and a
+    token gets the same bits in each of them.
+    """
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}

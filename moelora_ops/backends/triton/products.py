@@ -1,0 +1,43 @@
+"""The operators that are a product alone; their contracts are those of functional/products.py."""
+
+import torch
+from torch import Tensor
+
+from . import expand as _expand
+from . import launch
+from . import outer as _outer
+from . import shrink as _shrink
+
+
+def shrink(x: Tensor, rows: Tensor) -> Tensor:
+    """float32 ``[..., R]``: x ``[..., K]`` times rows ``[R, K]``, which has x's dtype."""
+    tokens = launch.rows_of(x, "x")
+    launch.check_like(rows, x, (rows.shape[0], tokens.columns), "rows")
+    hidden = x.new_empty((*x.shape[:-1], rows.shape[0]), dtype=torch.float32)
+    parts, _, count = _shrink.run(tokens, rows, None, hidden)
+    if count > 1:
+        _shrink.add(parts, hidden)
+    return hidden
+
+
+def expand(hidden: Tensor, rows: Tensor, y: Tensor, accumulate: bool) -> None:
+    """y ``[..., N]`` (+)= hidden, float32 ``[..., R]``, times rows ``[R, N]``, in y's dtype."""
+    out = launch.rows_of(y, "y")
+    _check_hidden(hidden, (*y.shape[:-1], rows.shape[0]))
+    launch.check_like(rows, y, (rows.shape[0], out.columns), "rows")
+    _expand.run(out, launch.in_workspace(hidden, y), rows, accumulate=accumulate)
+
+
+def outer(hidden: Tensor, x: Tensor) -> Tensor:
+    """``[R, K]`` in x's dtype: hidden, float32 ``[..., R]``, transposed, times x ``[..., K]``."""
+    wide = launch.rows_of(x, "x")
+    _check_hidden(hidden, (*x.shape[:-1], hidden.shape[-1]))
+    return _outer.run(_outer.Side(wide, launch.in_workspace(hidden, x)))[0]
+
+
+def _check_hidden(hidden: Tensor, shape: tuple[int, ...]) -> None:
+    if hidden.dtype != torch.float32 or hidden.shape != shape or not hidden.is_contiguous():
+        raise RuntimeError(
+            f"hidden: wanted a contiguous float32 tensor {list(shape)}, got"
+            f" {list(hidden.shape)} in {hidden.dtype}"
+        )

@@ -1,0 +1,175 @@
+"""Which tile every kernel takes: a pure function of shapes, dtype and architecture.
+
+No kernel is tuned at run time.  ``python -m moelora_ops.backends.triton.tiles`` prints the choices
+for typical shapes.
+
+Three things bound them (docs/design.md): a token's sums go in an order that depends on the number
+of features alone; registers, as the mix comes on top of a product's accumulators; and what the
+multiprocessors read again, which is the rows of every expert once per tile of tokens.
+"""
+
+from typing import NamedTuple
+
+
+class Arch(NamedTuple):
+    """A GPU, as far as tiles depend on it.
+
+    Attributes:
+        kind: "cuda" or "hip".
+        name: "sm_90", "gfx942".
+        multiprocessors: how many blocks of the largest kind run at once.
+    """
+
+    kind: str
+    name: str
+    multiprocessors: int
+
+
+# Features that a step of a shrink takes.  float32 products add three or six terms a step, so this
+# is part of the order of a sum and depends on nothing but the dtype.
+SHRINK_STEP = {2: 64, 4: 32}
+# A shrink of K features is the sum of at most this many segments...
+MOST_SEGMENTS = 8
+# ...where the first and the last four are summed left to right before both sums are added.
+HALF = 4
+_LEAST_SEGMENT = 128
+# Columns of one accumulator.
+MOST_COLUMNS = 128
+# The least that tl.dot takes.
+LEAST_COLUMNS = 16
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n (and 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def segment(features: int) -> int:
+    """Features in a segment of a shrink; depends on their number alone."""
+    return max(_LEAST_SEGMENT, 64 * cdiv(features, 64 * MOST_SEGMENTS))
+
+
+def rows_of_product(rows: int, most: int) -> int:
+    """Rows of the experts that one tl.dot takes: all, or as many as fit."""
+    return min(max(power_of_2(rows), LEAST_COLUMNS), most)
+
+
+class Shrink(NamedTuple):
+    """How a shrink runs.
+
+    Attributes:
+        parts: partial sums that are written per result; 1, 2 (halves) or one per segment.
+        span: features of a part.
+        columns: blocks that share a row tile, each with its part of the rows.
+        BT, BK: tokens of a block, features of a step.
+        BA, BB: columns of a block in the first and in the second product.
+        warps, stages: of a block.
+    """
+
+    parts: int
+    span: int
+    columns: int
+    BT: int
+    BK: int
+    BA: int
+    BB: int
+    warps: int
+    stages: int
+
+
+def shrink(
+    tokens: int,
+    features: int,
+    columns_a: int,
+    columns_b: int,
+    itemsize: int,
+    arch: Arch,
+    most_columns: int = MOST_COLUMNS,
+) -> Shrink:
+    """The tile of ``[tokens, features] x [features, columns]``.
+
+    Args:
+        columns_a, columns_b: of the two products, padding included; columns_b may be 0.
+        itemsize: bytes of an element.
+        most_columns: of the first product in one block.
+    """
+    BA = rows_of_product(columns_a, most_columns)
+    columns = cdiv(columns_a, BA)
+    BB = max(power_of_2(cdiv(columns_b, columns)), LEAST_COLUMNS)
+    length = segment(features)
+    segments = max(cdiv(features, length), 1)
+    halves = cdiv(segments, HALF)
+    spans = {segments: length, halves: HALF * length, 1: MOST_SEGMENTS * length}
+    # Blocks of 128 tokens read the experts' rows half as often; fewer parts are less to write and
+    # to add.  Whatever fills the GPU first.
+    for BT, parts in ((128, 1), (128, halves), (64, halves), (64, segments)):
+        if cdiv(tokens, BT) * parts * columns >= 0.9 * arch.multiprocessors:
+            break
+    return Shrink(
+        parts, spans[parts], columns, BT, SHRINK_STEP[itemsize], BA, BB, BT // 16,
+        3 if itemsize == 4 else 4,
+    )  # fmt: skip
+
+
+class Expand(NamedTuple):
+    """How an expand runs.
+
+    Attributes:
+        BT, BN: tokens and columns of a tile.
+        BR: rows of the experts in one product.
+        walk: tokens that a block walks with its columns of the experts.
+        warps, stages: of a block.
+    """
+
+    BT: int
+    BN: int
+    BR: int
+    walk: int
+    warps: int
+    stages: int
+
+
+def expand(tokens: int, features: int, rows: int, itemsize: int, arch: Arch) -> Expand:
+    """The tile of ``[tokens, rows] x [rows, features]``."""
+    small = tokens <= 64 or itemsize == 4
+    BT, BN = (64, 64) if small else (128, 128)
+    BR = rows_of_product(rows, 64 if itemsize == 4 else MOST_COLUMNS)
+    # Two waves of blocks; a block that walks far reads its columns of the experts once.
+    walks = max(1, 2 * arch.multiprocessors // max(cdiv(features, BN), 1))
+    walk = BT * max(cdiv(tokens, BT * walks), 1)
+    return Expand(BT, BN, BR, walk, 4 if small else 8, 2)
+
+
+class Outer(NamedTuple):
+    """How an outer product runs.
+
+    Attributes:
+        BT, BN: tokens of a step, columns of a block.
+        BA: rows of the experts of a block.
+        splits: parts that the tokens are split into.
+        span: tokens of a part.
+        warps, stages: of a block.
+    """
+
+    BT: int
+    BN: int
+    BA: int
+    splits: int
+    span: int
+    warps: int
+    stages: int
+
+
+def outer(tokens: int, features: int, rows: int, itemsize: int, arch: Arch) -> Outer:
+    """The tile of ``[rows, tokens] x [tokens, features]``; features of all products together."""
+    BT, BN = (32, 64) if itemsize == 4 else (64, 128)
+    BA = rows_of_product(rows, MOST_COLUMNS)
+    blocks = max(cdiv(features, BN) * cdiv(rows, BA), 1)
+    # At most 8 parts to add, none of fewer than 256 tokens.
+    splits = max(1, min(8, cdiv(2 * arch.multiprocessors, blocks), tokens // 256))
+    span = BT * max(cdiv(tokens, BT * splits), 1)
+    return Outer(BT, BN, BA, cdiv(tokens, span), span, 4 if itemsize == 4 else 8, 3)
