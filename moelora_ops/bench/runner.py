@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import random
 import statistics
 import time
@@ -16,6 +17,9 @@ from . import numerics
 from .baselines import TouchedLinear
 from .method import DTYPES, Method
 from .numerics import TRAIN, InputsError, NumericsError
+
+# Messages of torch's profiler, which peak_bytes uses; read when it first runs.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 BASE = "base"
 TOUCH = "touch"
