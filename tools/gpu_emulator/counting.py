@@ -72,8 +72,8 @@ class FlowCounter:
         steps = np.diff(keys)
         if len(steps) and steps.min() < 0:
             steps = np.diff(np.sort(keys))
-        flow.sectors += (np.count_nonzero(steps) + 1) * per_access
-        flow.instructions += np.count_nonzero(np.diff(warps)) + 1
+        flow.sectors += (int(np.count_nonzero(steps)) + 1) * per_access
+        flow.instructions += int(np.count_nonzero(np.diff(warps))) + 1
 
     def result(self) -> Flow:
         self.flow.distinct_sectors = int(np.count_nonzero(self._seen))

@@ -32,6 +32,12 @@ BOOL, U8, U16, U32, S32, U64, S64, F32 = (
 UNSIGNED = {1: U8, 2: U16, 4: U32, 8: U64}
 _SIGNED = {1: np.dtype(np.int8), 2: np.dtype(np.int16), 4: S32, 8: S64}
 
+SPECIALS = {
+    *(f"{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
+    "laneid", "warpid", "nwarpid", "WARP_SZ", "cluster_ctarank", "clock", "clock64", "globaltimer",
+    "lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge",
+}  # fmt: skip
+
 # Generic addresses of spaces other than global; no tensor lies up here.
 SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = 0x7FFF << 48, 0x7FFE << 48, 0x7FFD << 48
 
@@ -121,11 +127,14 @@ class Decoder:
         self.modifiers = [p for p in parts if p not in DTYPES and p not in FLOAT8]
         try:
             if self.opcode not in _DECODERS:
-                raise Unsupported("no such instruction here")
+                raise Unsupported(f"{self.opcode} is not known")
             execute = _DECODERS[self.opcode](self)
             if self.modifiers:
                 raise Unsupported(f"modifier {', '.join(self.modifiers)}")
-        except (Unsupported, KeyError, IndexError, ValueError) as error:
+        except Unsupported as error:
+            execute = _raise_when_reached(str(error))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            # The decoder has met operands or modifiers of another form than it knows.
             execute = _raise_when_reached(f"{type(error).__name__}: {error}")
         guard = None if instruction.guard is None else self.read(instruction.guard, BOOL)
         return Step(execute, guard, instruction.negated, instruction.target, instruction)
@@ -214,8 +223,8 @@ class Decoder:
                 self.files[file] += 1
                 return Register(file, self.files[file] - 1, dtype)
             raise Unsupported(f"destination {operand}")
-        if operand[0] == "%" or operand == "WARP_SZ":
-            return Special(operand, dtype)
+        if operand.removeprefix("%") in SPECIALS:
+            return Special(operand.removeprefix("%"), dtype)
         return _constant(kernel, operand, dtype)
 
 
@@ -231,9 +240,9 @@ def _constant(kernel: Kernel, operand: str, dtype: np.dtype):
             return np.bool_(number)
         bits = number % 256**dtype.itemsize
         return np.array(bits, UNSIGNED[dtype.itemsize]).view(dtype)[()]
-    for variables, window in ((kernel.shared, 0), (kernel.local, 0)):
+    for variables in (kernel.shared, kernel.local):
         if operand in variables:
-            return dtype.type(variables[operand] + window)
+            return dtype.type(variables[operand])
     if operand in kernel.constants:
         return dtype.type(kernel.constants[operand].ctypes.data)
     if operand in kernel.parameters:

@@ -21,6 +21,7 @@ DTYPES = {
     "b32": np.dtype(np.uint32), "u32": np.dtype(np.uint32), "s32": np.dtype(np.int32),
     "f32": np.dtype(np.float32), "tf32": np.dtype(np.uint32),
     "f16x2": np.dtype(np.uint32), "bf16x2": np.dtype(np.uint32),
+    "u16x2": np.dtype(np.uint32), "s16x2": np.dtype(np.uint32),
     "b64": np.dtype(np.uint64), "u64": np.dtype(np.uint64), "s64": np.dtype(np.int64),
     "f64": np.dtype(np.float64),
 }  # fmt: skip

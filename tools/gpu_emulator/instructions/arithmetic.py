@@ -55,9 +55,11 @@ def ufunc(d: Decoder, function: np.ufunc, dtype, operands=None):
 
 @decodes("add", "sub", "min", "max", "neg", "abs", "mul", "mad", "fma", "div", "rem", "sad")
 def _(d: Decoder):
-    kind = d.type if len(d.types) == 1 else _mixed(d)
+    kind = d.type
     if kind in ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2"):
         return _floating(d, kind)
+    if kind in ("u16x2", "s16x2"):
+        return _pairs16(d, _INTEGER[d.opcode], DTYPES[kind.removesuffix("x2")])
     dtype = DTYPES[kind]
     if d.opcode in ("mul", "mad"):
         return _product(d, dtype)
@@ -70,8 +72,12 @@ def _(d: Decoder):
     raise Unsupported(f"{d.opcode} of {kind}")
 
 
-def _mixed(d: Decoder) -> str:
-    raise Unsupported("types " + ".".join(d.types))
+def _pairs16(d: Decoder, function: np.ufunc, dtype):
+    def pairs(*sources):
+        halves = [[h.view(dtype) for h in unpack16(s)] for s in sources]
+        return pack16(*(function(*[h[i] for h in halves]).view(U16) for i in (0, 1)))
+
+    return elementwise(d, pairs, U32)
 
 
 def _product(d: Decoder, dtype):

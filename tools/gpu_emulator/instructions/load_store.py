@@ -1,5 +1,7 @@
 """ld and st: registers from and to the global, shared, local and parameter spaces."""
 
+import re
+
 import numpy as np
 
 from ..errors import Fault, Unsupported
@@ -71,6 +73,12 @@ def active_addresses(wave, mask, address) -> tuple[np.ndarray, np.ndarray]:
     return lanes, addresses if mask is True else addresses[lanes]
 
 
+def _passes_arguments(d: Decoder, operand: str) -> bool:
+    """Whether this is the parameter of a call, not of the kernel."""
+    name = re.match(r"\[\s*([\w$%.@]+)", operand)[1]
+    return name not in d.kernel.parameters and name not in d.kernel.registers
+
+
 def _form(d: Decoder):
     take_hints(d)
     space = take_space(d)
@@ -87,6 +95,8 @@ def _form(d: Decoder):
 @decodes("ld", "ldu")
 def _(d: Decoder):
     space, dtype, count, size = _form(d)
+    if space == "param" and _passes_arguments(d, d.operands[1]):
+        return lambda wave, mask: None
     targets = [d.write(t, dtype) for t in d.elements(d.operands[0])]
     address = d.address(d.operands[1])
     if len(targets) != count:
@@ -106,6 +116,8 @@ def _(d: Decoder):
 @decodes("st")
 def _(d: Decoder):
     space, dtype, count, size = _form(d)
+    if space == "param" and _passes_arguments(d, d.operands[0]):
+        return lambda wave, mask: None
     address = d.address(d.operands[0])
     sources = [d.read(s, dtype) for s in d.elements(d.operands[1])]
     if len(sources) != count:
