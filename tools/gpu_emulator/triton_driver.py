@@ -109,22 +109,27 @@ def emulated_gpu(
     check_races: bool = True,
     poison: bool = True,
     seed: int | None = None,
+    multiprocessors: int | None = None,
 ):
     """A GPU on which Triton kernels can be launched with CPU tensors.
 
-    backend, arch: ("cuda", 80 | 90 | 100) or ("hip", "gfx942").
-    execute: run each launch's PTX on the CPU ("cuda" 80 and 90); else launches are compiled and
-    recorded only. check_races, seed: see `run`. poison: `torch.empty` and its kin are filled with
-    NaN or the largest integer, so that results which no
-        kernel has written are seen.
+    backend, arch: ("cuda", 80), 90 or 100, or ("hip", "gfx942").
+    execute: run each launch's PTX here ("cuda" 80 and 90); else launches are only compiled for.
+    check_races, seed: see `run`.
+    poison: `torch.empty` and its kin are filled with NaN or the largest integer, so that results
+        which no kernel has written are seen.
+    multiprocessors: what the device says it has; by default as many as the real one.
 
-    Yields a driver: `launches` is a list of `LaunchRecord`, `builds` of the distinct kernels among
-    them.
+    Yields the driver.  `launches` is a list of `LaunchRecord`, `builds` has the kernels in it.
     """
     if execute and (backend, arch) not in (("cuda", 80), ("cuda", 90)):
         raise ValueError(f"{backend} {arch} can be compiled for but not executed")
+    device = DEVICES[backend, arch]
+    if multiprocessors is not None:
+        device = device._replace(multiprocessors=multiprocessors)
     options = {"check_races": check_races, "seed": seed}
-    driver = EmulatedDriver(backend, arch, options if execute else None)
+    target = GPUTarget(backend, arch, device.warp_size)
+    driver = EmulatedDriver(target, device, options if execute else None)
     before = triton_driver._active
     triton_driver.set_active(driver)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -139,12 +144,11 @@ def emulated_gpu(
 
 
 class EmulatedDriver(DriverBase):
-    def __init__(self, backend: str, arch: int | str, options: dict | None):
-        self.device = DEVICES[backend, arch]
-        self.target = GPUTarget(backend, arch, self.device.warp_size)
-        self.execution = options  # None: compile only
+    def __init__(self, target: GPUTarget, device: Device, execution: dict | None):
+        self.target = target
+        self.execution = execution  # options of `run`; None: compile only
         self.launches: list[LaunchRecord] = []
-        self.utils = _Utils(self.device)
+        self.utils = _Utils(device)
         self.launcher_cls = _Launcher
 
     @property

@@ -90,18 +90,26 @@ def _(d: Decoder):
 
     def execute(wave, mask):
         values = wave.values
+        # A field that reaches beyond the top is filled with the sign, or with zeros.
         x = values[source].astype(S64 if signed else U64)
-        first = np.minimum(values[position] & np.uint32(255), np.uint32(bits - 1)).astype(x.dtype)
-        count = values[length] & np.uint32(255)
-        # A field that reaches beyond the top is filled with the sign, which arithmetic shifts do.
-        count = np.minimum(count.astype(x.dtype), 64)
-        above = x.dtype.type(64) - count
-        field = x >> first
-        some = count > 0
-        field = np.where(some, (field << np.where(some, above, 0)) >> np.where(some, above, 0), 0)
+        first = (values[position] & np.uint32(255)).astype(x.dtype)
+        count = np.minimum((values[length] & np.uint32(255)).astype(x.dtype), 64)
+        if signed:
+            field = x >> np.minimum(first, 63)
+            above = np.where(count > 0, 64 - count, 0)
+            field = np.where(count > 0, field << above >> above, 0)
+        else:
+            field = np.where(first < bits, x >> np.minimum(first, np.uint64(63)), 0)
+            field &= _ones(count)
         np.copyto(values[out], field.astype(dtype), where=mask)
 
     return execute
+
+
+def _ones(count) -> np.ndarray:
+    """uint64 with the lowest `count` (0 to 64) bits set."""
+    shift = np.minimum(np.uint64(64) - count, np.uint64(63))
+    return np.where(count > 0, ~np.uint64(0) >> shift, np.uint64(0))
 
 
 @decodes("bfi")
@@ -116,13 +124,9 @@ def _(d: Decoder):
         values = wave.values
         first = (values[position] & np.uint32(255)).astype(U64)
         count = np.minimum((values[length] & np.uint32(255)).astype(U64), bits)
-        ones = np.where(
-            count >= 64, ~np.uint64(0), (np.uint64(1) << (count % np.uint64(64))) - np.uint64(1)
-        )
-        inside = first < bits
-        first = np.where(inside, first, np.uint64(0))
-        ones = np.where(inside, ones << first, np.uint64(0))
-        mixed = (values[base].astype(U64) & ~ones) | ((values[field].astype(U64) << first) & ones)
+        shift = np.minimum(first, np.uint64(63))
+        ones = np.where(first < bits, _ones(count) << shift, np.uint64(0))
+        mixed = (values[base].astype(U64) & ~ones) | ((values[field].astype(U64) << shift) & ones)
         np.copyto(values[out], mixed.astype(dtype), where=mask)
 
     return execute
