@@ -152,14 +152,17 @@ def is_stacked(backend: str, strategy: str, num_experts: int, top_k: int) -> boo
     return strategy == "stacked"
 
 
-def topk_saved_size(tokens: int, num_experts: int, rank: int, top_k: int, stacked: bool) -> int:
+def topk_saved_size(
+    backend: str, tokens: int, num_experts: int, rank: int, top_k: int, stacked: bool
+) -> int:
     """Elements of `saved`: hidden, logits, weights and selected (int32 bits), one after the other.
 
     One allocation instead of four: right after a large GEMM, when caches are cold, each costs more
-    than the routing of a token.
+    than the routing of a token.  Of the choices, Triton's stacked kernels keep the last alone.
     """
     rows = num_experts if stacked else top_k
-    return tokens * (rows * rank + num_experts + 2 * top_k)
+    choices = 1 if stacked and backend == "triton" else 2 * top_k
+    return tokens * (rows * rank + num_experts + choices)
 
 
 def _register_fake(name: str, *backends: str) -> Callable[[Callable], Callable]:
@@ -185,19 +188,22 @@ def _register_fake(name: str, *backends: str) -> Callable[[Callable], Callable]:
     return register
 
 
-@_register_fake("topk_forward")
 def _topk_forward_fake(
-    x, lora_down, lora_up, router, bias, seed, y, top_k, scale, renormalize, dropout,
+    backend, x, lora_down, lora_up, router, bias, seed, y, top_k, scale, renormalize, dropout,
     dropout_per_expert, stacked, accumulate,
 ):  # fmt: skip
     num_experts, rank, _ = lora_down.shape
     wide = accumulator_dtype(x.dtype)
-    size = topk_saved_size(math.prod(x.shape[:-1]), num_experts, rank, top_k, stacked)
+    size = topk_saved_size(backend, math.prod(x.shape[:-1]), num_experts, rank, top_k, stacked)
     return (
         x.new_empty((size,), dtype=wide),
         x.new_empty((num_experts,), dtype=torch.int64),
         x.new_empty((num_experts,), dtype=wide),
     )
+
+
+for _backend in NAMESPACES:
+    _register_fake("topk_forward", _backend)(functools.partial(_topk_forward_fake, _backend))
 
 
 @_register_fake("topk_backward")

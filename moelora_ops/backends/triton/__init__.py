@@ -22,6 +22,8 @@ _MODULES = {
     "shrink": "products",
     "expand": "products",
     "outer": "products",
+    "topk_forward": "topk",
+    "topk_backward": "topk",
 }
 
 _OLDEST = (3, 6)

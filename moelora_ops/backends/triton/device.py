@@ -70,8 +70,9 @@ def sum_runs(v, LENGTH: tl.constexpr):
     """
     if LENGTH == 1:
         return tl.reshape(v, [v.numel])
-    even, odd = tl.split(tl.reshape(v, [v.numel // 2, 2]))
-    return sum_runs(even + odd, LENGTH // 2)
+    else:
+        even, odd = tl.split(tl.reshape(v, [v.numel // 2, 2]))
+        return sum_runs(even + odd, LENGTH // 2)
 
 
 @triton.jit
@@ -79,9 +80,10 @@ def first_columns(v, BT: tl.constexpr, COLUMNS: tl.constexpr):
     """v[:, :COLUMNS] of a tile [BT, more columns], both powers of two."""
     if v.shape[1] == COLUMNS:
         return v
-    halves = tl.permute(tl.reshape(v, [BT, 2, v.shape[1] // 2]), [0, 2, 1])
-    first, _ = tl.split(halves)
-    return first_columns(first, BT, COLUMNS)
+    else:
+        halves = tl.permute(tl.reshape(v, [BT, 2, v.shape[1] // 2]), [0, 2, 1])
+        first, _ = tl.split(halves)
+        return first_columns(first, BT, COLUMNS)
 
 
 @triton.jit
@@ -95,6 +97,34 @@ def order_key(v):
 def keyed_float(key):
     """The float32 whose :func:`order_key` is `key`."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_keys(v, COLUMNS: tl.constexpr):
+    """:func:`order_key` of a tile [BT, EP] of which COLUMNS exist; NO_KEY for the others."""
+    return tl.where((tl.arange(0, v.shape[1]) < COLUMNS)[None, :], order_key(v), NO_KEY)
+
+
+@triton.jit
+def exponentials(v, keys):
+    """exp(v - the largest of a row), zero where a column does not exist; see :func:`row_keys`.
+
+    A row that has a NaN or +inf, or nothing finite, has a NaN here, and so is its sum.
+    """
+    largest = keyed_float(tl.max(keys, 1))[:, None]
+    return tl.where(keys != NO_KEY, tl.exp(v - largest), 0.0)
+
+
+@triton.jit
+def shares(p, of):
+    """p [BT, EP] divided by the sum of `of` [BT, EP] over a row."""
+    return p / sum_runs(of, of.shape[1])[:, None]
+
+
+@triton.jit
+def softmax_backward(p, dp):
+    """p * (dp - the sum of p * dp over a row) [BT, EP]."""
+    return p * (dp - sum_runs(p * dp, p.shape[1])[:, None])
 
 
 @triton.jit

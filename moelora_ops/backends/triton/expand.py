@@ -123,9 +123,7 @@ def plan(
     *,
     accumulate: bool,
     bias: Tensor | None = None,
-    groups: int = 1,
-    seed: Tensor | None = None,
-    threshold: int = 0,
+    masks: launch.Masks = launch.NO_MASKS,
 ) -> launch.Launch:
     """The launch of :func:`expand_rows`, and the arguments of kernels that do more in it.
 
@@ -136,19 +134,18 @@ def plan(
         left_b, b: a second pair or None.
         accumulate: add to what is in y.
         bias: ``[N]`` in y's dtype, or None.
-        groups: how many groups a's rows are in, each with a mask of its own.
-        seed: of the mask on left_a @ a, int64 of one element, or None.
-        threshold: see :func:`keep_mask`.
+        masks: on left_a @ a.
     """
     T, N = y.count, y.columns
-    R, E = left_a.columns, 0 if left_b is None else left_b.columns
-    tile = tiles.expand(T, N, max(R // groups, E), y.data.element_size(), launch.arch())
+    rows, E = left_a.columns // masks.groups, 0 if left_b is None else left_b.columns
+    tile = tiles.expand(T, N, max(rows, E), y.data.element_size(), launch.arch())
     arguments = (
-        y.data, left_a.data, a, None if left_b is None else left_b.data, b, bias, seed, T, N,
-        y.stride, left_a.stride, 0 if left_b is None else left_b.stride, threshold, tile.walk,
+        y.data, left_a.data, a, None if left_b is None else left_b.data, b, bias, masks.seed,
+        T, N, y.stride, left_a.stride, 0 if left_b is None else left_b.stride, masks.threshold,
+        tile.walk,
     )  # fmt: skip
     constants = dict(
-        GROUPS=groups, ROWS=R // groups, BR=tiles.rows_of_product(R // groups, tile.BR), ROWS_B=E,
+        GROUPS=masks.groups, ROWS=rows, BR=tiles.rows_of_product(rows, tile.BR), ROWS_B=E,
         BRB=tiles.rows_of_product(E, tile.BR), BT=tile.BT, BN=tile.BN, WIDE=y.wide,
         ACCUMULATE=accumulate, PRECISION=launch.precision(y.data.dtype),
         **launch.options(tile.warps, tile.stages),

@@ -45,8 +45,18 @@ def rows_of(t: Tensor, name: str) -> Rows:
     return Rows(t, count, columns, t.stride(0))
 
 
-def check_like(t: Tensor, x: Tensor, shape: tuple[int, ...], name: str) -> None:
-    """That the kernels read and write `t` inside its memory: x's dtype, this shape, contiguous.
+def check_dtype(x: Tensor) -> None:
+    """That the kernels compute in x's dtype.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise RuntimeError(f"x: the triton kernels do not compute in {x.dtype}")
+
+
+def rows_like(t: Tensor, x: Tensor, shape: tuple[int, ...], name: str) -> Rows:
+    """`t` as rows, of this shape and in x's dtype.
 
     Raises:
         RuntimeError: it is not so; the message names `t`.
@@ -55,6 +65,16 @@ def check_like(t: Tensor, x: Tensor, shape: tuple[int, ...], name: str) -> None:
         raise RuntimeError(f"{name}: wanted {x.dtype} like x, got {t.dtype}")
     if t.shape != shape:
         raise RuntimeError(f"{name}: wanted shape {list(shape)}, got {list(t.shape)}")
+    return rows_of(t, name)
+
+
+def check_like(t: Tensor, x: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """That `t` is contiguous, of this shape and in x's dtype.
+
+    Raises:
+        RuntimeError: it is not so; the message names `t`.
+    """
+    rows_like(t, x, shape, name)
     if not t.is_contiguous():
         raise RuntimeError(f"{name}: wanted a contiguous tensor")
 
@@ -76,6 +96,36 @@ def in_workspace(t: Tensor, like: Tensor) -> Rows:
     rows = workspace(like, t.shape[:-1].numel(), columns)
     rows.data[:, :columns].copy_(t.view(rows.count, columns))
     return rows
+
+
+class Masks(NamedTuple):
+    """Dropout of a product's features.
+
+    Attributes:
+        seed: int64 of one element; None for no dropout.
+        threshold: drop where 16 random bits are below.
+        groups: how many groups the experts' rows are in, each with a mask of its own.
+    """
+
+    seed: Tensor | None = None
+    threshold: int = 0
+    groups: int = 1
+
+
+NO_MASKS = Masks()
+
+
+def masks(seed: Tensor | None, dropout: float, groups: int, x: Tensor) -> tuple[Masks, float]:
+    """Masks of `dropout`, and what kept features are multiplied by.
+
+    Raises:
+        RuntimeError: seed is not what dropout > 0 needs.
+    """
+    if dropout <= 0:
+        return NO_MASKS, 1.0
+    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+        raise RuntimeError("seed: wanted an int64 tensor of one element on x's device")
+    return Masks(seed, int(dropout * 65536 + 0.5), groups), 1 / (1 - dropout)
 
 
 class Launch(NamedTuple):

@@ -149,17 +149,13 @@ class Side(NamedTuple):
         wide: ``[T, N]``: what came in where the rows were applied, or its gradient.
         left: ``[T, R]``, pitch in eights (:func:`launch.workspace`), in wide's dtype.
         left_b: ``[T, E]``, the same for a second block of rows, or None.
-        groups: how many groups the R rows are in, each with a mask of its own.
-        seed: of the mask on wide for the first block, int64 of one element, or None.
-        threshold: see :func:`keep_mask`.
+        masks: on wide, for the first block.
     """
 
     wide: launch.Rows
     left: launch.Rows
     left_b: launch.Rows | None = None
-    groups: int = 1
-    seed: Tensor | None = None
-    threshold: int = 0
+    masks: launch.Masks = launch.NO_MASKS
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -174,9 +170,9 @@ class Side(NamedTuple):
             BB and WIDE.
         """
         R, E = self.rows
-        group = R // self.groups
+        group = R // self.masks.groups
         size = tiles.rows_of_product(group, BA)
-        chunks = self.groups * tiles.cdiv(group, size)
+        chunks = self.masks.groups * tiles.cdiv(group, size)
         size_b = tiles.rows_of_product(tiles.cdiv(E, chunks), tiles.MOST_COLUMNS)
         wide, left, left_b = self.wide, self.left, self.left_b
         return (
@@ -210,7 +206,8 @@ def run(first: Side, second: Side | None = None) -> list[Tensor | None]:
         return [None if out is None else out.zero_() for out in results]
 
     features = sum(side.wide.columns for side in (first, second) if side is not None)
-    most_rows = max(s.rows[0] // s.groups for s in (first, second) if s is not None)
+    masks = launch.NO_MASKS if second is None else second.masks
+    most_rows = max(s.rows[0] // s.masks.groups for s in (first, second) if s is not None)
     tile = tiles.outer(T, features, most_rows, wide.element_size(), launch.arch())
     outs, part_size = results, 0
     sizes = [0 if out is None else out.numel() for out in results]
@@ -227,9 +224,8 @@ def run(first: Side, second: Side | None = None) -> list[Tensor | None]:
     if second is not None:
         blocks_1, arguments_1, constants_1 = second.launch(tile.BA, tile.BN)
     outer_parts[(blocks_0 + blocks_1, tile.splits)](
-        *outs, *arguments_0, *arguments_1, second and second.seed,
-        second.threshold if second else 0, T, tile.span, part_size, blocks_0, *constants_0,
-        *constants_1, BT=tile.BT, BN=tile.BN, PRECISION=launch.precision(wide.dtype),
+        *outs, *arguments_0, *arguments_1, masks.seed, masks.threshold, T, tile.span, part_size,
+        blocks_0, *constants_0, *constants_1, BT=tile.BT, BN=tile.BN, PRECISION=launch.precision(wide.dtype),
         **launch.options(tile.warps, tile.stages),
     )  # fmt: skip
     if tile.splits > 1:

@@ -14,7 +14,7 @@ def shrink(x: Tensor, rows: Tensor) -> Tensor:
     tokens = launch.rows_of(x, "x")
     launch.check_like(rows, x, (rows.shape[0], tokens.columns), "rows")
     hidden = x.new_empty((*x.shape[:-1], rows.shape[0]), dtype=torch.float32)
-    parts, _, count = _shrink.run(tokens, rows, None, hidden)
+    parts, _, count = _shrink.run(tokens, rows, out_a=hidden)
     if count > 1:
         _shrink.add(parts, hidden)
     return hidden

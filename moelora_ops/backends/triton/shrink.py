@@ -135,39 +135,31 @@ def add_all(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 def run(
     x: launch.Rows,
     a: Tensor,
-    b: Tensor | None,
+    b: Tensor | None = None,
     out_a: Tensor | None = None,
     out_b: Tensor | None = None,
-    *,
-    groups: int = 1,
-    seed: Tensor | None = None,
-    threshold: int = 0,
-    per_group: bool = False,
+    masks: launch.Masks = launch.NO_MASKS,
 ) -> tuple[Tensor, Tensor | None, int]:
     """Shrink in one launch, maybe into partial sums, which the consumer adds (:func:`add_parts`).
 
     Args:
         x: ``[T, K]``.
-        a: ``[groups, rows, K]`` or ``[R, K]``, contiguous, in x's dtype.
+        a: ``[..., K]`` of R rows, contiguous, in x's dtype.
         b: ``[E, K]`` likewise, or None.
         out_a, out_b: float32 ``[T, R]`` and ``[T, E]`` for the results if there is only one part;
             else, and if None, they are allocated.
-        groups: of a's rows, for per_group.
-        seed: of the mask on x for a's product, int64 of one element, or None.
-        threshold: see :func:`keep_mask`.
-        per_group: a mask for each group instead of one for all.
+        masks: on x for a's product.
 
     Returns:
         float32 ``[parts, T, R]`` and ``[parts, T, E]`` (None without b), and parts.
     """
     T, K = x.count, x.columns
     R, E = a.shape[:-1].numel(), 0 if b is None else b.shape[0]
-    if not per_group:
-        groups = 1
+    groups = masks.groups
     width = max(tiles.power_of_2(R // groups), tiles.LEAST_COLUMNS)
     tile = tiles.shrink(
         T, K, groups * width, E, a.element_size(), launch.arch(),
-        min(width, tiles.MOST_COLUMNS) if per_group else tiles.MOST_COLUMNS,
+        min(width, tiles.MOST_COLUMNS),
     )  # fmt: skip
     parts = tile.parts
     if parts > 1 or out_a is None:
@@ -176,7 +168,7 @@ def run(
         out_b = a.new_empty((parts, T, E), dtype=torch.float32)
     if T:
         shrink_parts[(tiles.cdiv(T, tile.BT), tile.columns, parts)](
-            x.data, a, b, out_a, out_b, seed, T, K, x.stride, threshold, tile.span,
+            x.data, a, b, out_a, out_b, masks.seed, T, K, x.stride, masks.threshold, tile.span,
             SEGMENT=tiles.segment(K), GROUPS=groups, ROWS=R // groups, WIDTH=width, ROWS_B=E,
             PARTS=parts, BT=tile.BT, BK=tile.BK, BA=tile.BA, BB=tile.BB, WIDE=x.wide,
             PRECISION=launch.precision(a.dtype), **launch.options(tile.warps, tile.stages),

@@ -115,6 +115,31 @@ def shrink(
     )  # fmt: skip
 
 
+def fused_shrink(
+    tokens: int, features: int, columns_a: int, columns_b: int, itemsize: int, arch: Arch
+) -> Shrink | None:
+    """The tile of a shrink whose blocks end with the mix; None if it had better be a kernel apart.
+
+    Args:
+        columns_a, columns_b: as the mix sees them, padding included.
+    """
+    tile = shrink(tokens, features, columns_a, columns_b, itemsize, arch)
+    fits = tile.parts == tile.columns == 1 and columns_b <= 64
+    return tile if fits else None
+
+
+class Mix(NamedTuple):
+    """How a mix runs as a kernel of its own: tokens of a block, and its warps."""
+
+    BT: int
+    warps: int
+
+
+def mix(columns: int) -> Mix:
+    """The tile of a mix with this many columns, padding included: 4096 values in 4 warps."""
+    return Mix(max(1, min(64, 4096 // columns)), 4 if columns <= 4096 else 8)
+
+
 class Expand(NamedTuple):
     """How an expand runs.
 

@@ -1,0 +1,424 @@
+"""The topk mix: router logits, softmax, the k largest, their experts weighted (docs/math.md).
+
+Row mathematics as in csrc/mix/topk.h.  A tile of BT tokens has its logits in EP columns and its
+hidden in EP groups of WIDTH, both powers of two that hold E experts of rank r.
+
+`saved` holds hidden [T, E * r], logits [T, E] and, as int32 bits, the last choice [T]: from the
+logits and the k-th largest of them all else is computed again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import ops
+from . import expand as _expand
+from . import launch, tiles
+from . import outer as _outer
+from . import shrink as _shrink
+from .device import (
+    NO_KEY,
+    exponentials,
+    first_columns,
+    in_eights,
+    padded,
+    row_keys,
+    shares,
+    softmax_backward,
+    sum_runs,
+)
+from .expand import expand_strip
+from .shrink import add_parts, shrink_tile
+
+# ---------------------------------------------------------------- row mathematics
+
+
+@triton.jit
+def last_choice(keys, E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr):
+    """Index [BT] of the k-th largest of keys [BT, EP]; ties go to the lower index."""
+    last = tl.full([keys.shape[0]], E - 1, tl.int32)
+    if TOP_K < E:
+        for _ in range(TOP_K):
+            last = tl.argmax(keys, 1, tie_break_left=True)
+            keys = tl.where(tl.arange(0, EP)[None, :] == last[:, None], NO_KEY, keys)
+    return last
+
+
+@triton.jit
+def choices(keys, last, E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr):
+    """bool [BT, EP]: the columns up to the k-th largest, which is column `last` [BT]."""
+    if TOP_K == E:
+        return keys != NO_KEY
+    e = tl.arange(0, EP)[None, :]
+    least = tl.max(tl.where(e == last[:, None], keys, NO_KEY), 1)[:, None]
+    return (keys > least) | ((keys == least) & (e <= last[:, None]))
+
+
+@triton.jit
+def chosen_shares(p, chosen, RENORMALIZE: tl.constexpr):
+    """The weights [BT, EP]: zero for what is not chosen."""
+    among = tl.where(chosen, p, 0.0)
+    return tl.where(chosen, shares(p, among if RENORMALIZE else p), 0.0)
+
+
+@triton.jit
+def scaled(weights, hidden, scale, BT: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr):
+    """scale * weights [BT, EP] times hidden [BT, EP * WIDTH], zero where the weight is.
+
+    Also beside an expert whose hidden is not finite.
+    """
+    weights = (scale * weights)[:, :, None]
+    hidden = tl.reshape(hidden, [BT, EP, WIDTH])
+    return tl.reshape(tl.where(weights == 0, 0.0, weights * hidden), [BT, EP * WIDTH])
+
+
+# ---------------------------------------------------------------- a tile, forward and backward
+
+
+@triton.jit
+def forward_tile(
+    hidden, logits, rows, exists, tile, T, saved, mixed, pitch, counts, prob_sums, scale,
+    E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, SAVE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """hidden [BT, EP * WIDTH] and logits [BT, EP] of the tokens `rows`, int64 [BT], to `mixed`.
+
+    Args:
+        saved: float32, see above; SAVE writes hidden and logits too.
+        mixed: [T, E * RANK], pitch (in eights) from row to row.
+        counts, prob_sums: [tiles, E], int32 and float32; row `tile` gets this tile's sums.
+    """
+    e = tl.arange(0, EP)
+    keys = row_keys(logits, E)
+    last = last_choice(keys, E, EP, TOP_K)
+    chosen = choices(keys, last, E, EP, TOP_K)
+    p = exponentials(logits, keys)
+    weights = chosen_shares(p, chosen, RENORMALIZE)
+
+    R: tl.constexpr = E * RANK
+    column, exists_column = padded(tl.arange(0, EP * WIDTH), E, RANK, WIDTH)
+    mask = exists[:, None] & exists_column[None, :]
+    at_logits = saved + T.to(tl.int64) * R
+    if SAVE:
+        tl.store(saved + rows[:, None] * R + column[None, :], hidden, mask=mask)
+        mask_e = exists[:, None] & (e < E)[None, :]
+        tl.store(at_logits + rows[:, None] * E + e[None, :], logits, mask=mask_e)
+    at_last = at_logits + T.to(tl.int64) * E
+    tl.store(at_last + rows, last.to(tl.float32, bitcast=True), mask=exists)
+
+    out = scaled(weights, hidden, scale, BT, EP, WIDTH).to(mixed.dtype.element_ty)
+    at = mixed + rows[:, None] * in_eights(pitch, True) + column[None, :]
+    tl.store(at, out, mask=mask)
+
+    counted = tl.where(exists[:, None] & chosen, 1, 0)
+    tl.store(counts + tile * E + e, tl.sum(counted, 0), mask=e < E)
+    probs = tl.where(exists[:, None], shares(p, p), 0.0)
+    tl.store(prob_sums + tile * E + e, tl.sum(probs, 0), mask=e < E)
+
+
+@triton.jit
+def backward_tile(
+    dmixed, rows, exists, T, saved, dprob_sums, dhidden, dlogits, mixed, pitch, pitch_logits, scale,
+    E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """The gradient of `mixed` [BT, EP * WIDTH] of the tokens `rows`, int64 [BT], taken back.
+
+    Args:
+        saved: as the forward pass left it.
+        dprob_sums: [E] or None.
+        dhidden, mixed: [T, E * RANK], pitch (in eights) from row to row, written; mixed may be None.
+        dlogits: [T, E], pitch_logits (in eights) from row to row, written.
+    """
+    e = tl.arange(0, EP)
+    mask_e = exists[:, None] & (e < E)[None, :]
+    R: tl.constexpr = E * RANK
+    column, exists_column = padded(tl.arange(0, EP * WIDTH), E, RANK, WIDTH)
+    mask = exists[:, None] & exists_column[None, :]
+    at_logits = saved + T.to(tl.int64) * R
+    at_last = at_logits + T.to(tl.int64) * E
+    hidden = tl.load(saved + rows[:, None] * R + column[None, :], mask=mask, other=0.0)
+    logits = tl.load(at_logits + rows[:, None] * E + e[None, :], mask=mask_e, other=0.0)
+    last = tl.load(at_last + rows, mask=exists, other=0.0).to(tl.int32, bitcast=True)
+
+    keys = row_keys(logits, E)
+    chosen = choices(keys, last, E, EP, TOP_K)
+    p = exponentials(logits, keys)
+    weights = chosen_shares(p, chosen, RENORMALIZE)
+    dweights = scale * tl.reshape(sum_runs(hidden * dmixed, WIDTH), [BT, EP])
+    dweights = tl.where(chosen, dweights, 0.0)
+    # Renormalised weights are a softmax among the chosen; others are probabilities of the full one.
+    out, dprobs = tl.zeros_like(p), dweights
+    if RENORMALIZE:
+        out, dprobs = softmax_backward(weights, dweights), tl.zeros_like(p)
+    if dprob_sums is not None:
+        dprobs += tl.load(dprob_sums + e, mask=e < E, other=0.0)[None, :]
+    if dprob_sums is not None or not RENORMALIZE:
+        out += softmax_backward(shares(p, p), dprobs)
+
+    dtype = dhidden.dtype.element_ty
+    at = rows[:, None] * in_eights(pitch, True) + column[None, :]
+    tl.store(dhidden + at, scaled(weights, dmixed, scale, BT, EP, WIDTH).to(dtype), mask=mask)
+    if mixed is not None:
+        tl.store(mixed + at, scaled(weights, hidden, scale, BT, EP, WIDTH).to(dtype), mask=mask)
+    at = dlogits + rows[:, None] * in_eights(pitch_logits, True) + e[None, :]
+    tl.store(at, out.to(dtype), mask=mask_e)
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=["T", "threshold"])
+def shrink_and_mix(
+    x, down, router, saved, mixed, counts, prob_sums, seed, T, K, stride_x, pitch, threshold, scale,
+    SEGMENT: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From x to `mixed` in one launch; see :func:`forward_tile`.  Grid: row tiles."""
+    tile = tl.program_id(0).to(tl.int64)
+    rows = tile * BT + tl.arange(0, BT)
+    exists = rows < T
+    row_a, exists_a = padded(tl.arange(0, BA), E, RANK, WIDTH)
+    row_b = tl.arange(0, BB)
+    hidden, logits = shrink_tile(
+        x, stride_x, rows, exists, down, row_a, exists_a, router, row_b, row_b < E, K, 0, K, seed,
+        threshold, 0, SEGMENT, 1, BT, BK, BA, BB, WIDE, PRECISION,
+    )  # fmt: skip
+    forward_tile(
+        first_columns(hidden, BT, EP * WIDTH), first_columns(logits, BT, EP), rows, exists, tile, T,
+        saved, mixed, pitch, counts, prob_sums, scale, E, RANK, EP, WIDTH, TOP_K, RENORMALIZE, True,
+        BT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def mix(
+    hidden_parts, logits_parts, saved, mixed, counts, prob_sums, T, pitch, scale,
+    PARTS: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """From a shrink's parts to `mixed`; a single part lies in `saved`.  Grid: row tiles."""
+    tile = tl.program_id(0).to(tl.int64)
+    rows = tile * BT + tl.arange(0, BT)
+    exists = rows < T
+    e = tl.arange(0, EP)
+    column, exists_column = padded(tl.arange(0, EP * WIDTH), E, RANK, WIDTH)
+    R: tl.constexpr = E * RANK
+    tokens = T.to(tl.int64)
+    mask, mask_e = exists[:, None] & exists_column[None, :], exists[:, None] & (e < E)[None, :]
+    at, at_e = rows[:, None] * R + column[None, :], rows[:, None] * E + e[None, :]
+    forward_tile(
+        add_parts(hidden_parts, at, tokens * R, mask, PARTS),
+        add_parts(logits_parts, at_e, tokens * E, mask_e, PARTS), rows, exists, tile, T, saved,
+        mixed, pitch, counts, prob_sums, scale, E, RANK, EP, WIDTH, TOP_K, RENORMALIZE, PARTS > 1,
+        BT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "threshold", "walk", "tiles"])
+def expand_and_count(
+    y, left_a, a, left_b, b, bias, seed, T, N, stride_y, pitch_a, pitch_b, threshold, walk, counts,
+    prob_sums, tile_counts, tile_sums, tiles, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    BR: tl.constexpr, ROWS_B: tl.constexpr, BRB: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    WIDE: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """The expand, and one block that sums counts and prob_sums [E] over the mix's tiles.
+
+    Grid: strips of columns and one more, walks over tokens.
+    """
+    strip, part = tl.program_id(0), tl.program_id(1)
+    if strip < tl.cdiv(N, BN):
+        begin = part.to(tl.int64) * walk
+        expand_strip(
+            y, stride_y, left_a, pitch_a, a, left_b, pitch_b, b, bias, seed, threshold, strip,
+            begin, tl.minimum(begin + walk, T), N, GROUPS, ROWS, BR, ROWS_B, BRB, BT, BN, WIDE,
+            ACCUMULATE, PRECISION,
+        )  # fmt: skip
+    elif part == 0:
+        e, g = tl.arange(0, EP), tl.arange(0, BG).to(tl.int64)
+        count, total = tl.zeros([EP], tl.int64), tl.zeros([EP], tl.float32)
+        for g0 in range(0, tiles, BG):
+            at = (g0 + g)[:, None] * E + e[None, :]
+            mask = (g0 + g < tiles)[:, None] & (e < E)[None, :]
+            count += tl.sum(tl.load(tile_counts + at, mask=mask, other=0), 0)
+            total += tl.sum(tl.load(tile_sums + at, mask=mask, other=0.0), 0)
+        tl.store(counts + e, count, mask=e < E)
+        tl.store(prob_sums + e, total, mask=e < E)
+
+
+@triton.jit(do_not_specialize=["T"])
+def shrink_and_mix_backward(
+    dy, up, saved, dprob_sums, dhidden, dlogits, mixed, T, N, stride_dy, pitch, pitch_logits, scale,
+    SEGMENT: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From dy to dhidden and dlogits in one launch; see :func:`backward_tile`.  Grid: row tiles."""
+    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    exists = rows < T
+    row, exists_row = padded(tl.arange(0, BA), E, RANK, WIDTH)
+    dmixed, _ = shrink_tile(
+        dy, stride_dy, rows, exists, up, row, exists_row, None, None, None, N, 0, N, None, 0, 0,
+        SEGMENT, 1, BT, BK, BA, BB, WIDE, PRECISION,
+    )  # fmt: skip
+    backward_tile(
+        first_columns(dmixed, BT, EP * WIDTH), rows, exists, T, saved, dprob_sums, dhidden, dlogits,
+        mixed, pitch, pitch_logits, scale, E, RANK, EP, WIDTH, TOP_K, RENORMALIZE, BT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def mix_backward(
+    dmixed_parts, saved, dprob_sums, dhidden, dlogits, mixed, T, pitch, pitch_logits, scale,
+    PARTS: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """From the parts of a shrink of dy to dhidden and dlogits.  Grid: row tiles."""
+    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    exists = rows < T
+    column, exists_column = padded(tl.arange(0, EP * WIDTH), E, RANK, WIDTH)
+    R: tl.constexpr = E * RANK
+    mask = exists[:, None] & exists_column[None, :]
+    at = rows[:, None] * R + column[None, :]
+    backward_tile(
+        add_parts(dmixed_parts, at, T.to(tl.int64) * R, mask, PARTS), rows, exists, T, saved,
+        dprob_sums, dhidden, dlogits, mixed, pitch, pitch_logits, scale, E, RANK, EP, WIDTH, TOP_K,
+        RENORMALIZE, BT,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- operators
+
+
+def topk_forward(
+    x: Tensor, lora_down: Tensor, lora_up: Tensor, router: Tensor, bias: Tensor | None,
+    seed: Tensor | None, y: Tensor, top_k: int, scale: float, renormalize: bool, dropout: float,
+    dropout_per_expert: bool, stacked: bool, accumulate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``ops.topk_forward``: two launches (shrink with the mix, expand), or three."""
+    rows, out = _check(x, lora_down, lora_up, router, y, "y", top_k, stacked)
+    T, K, (E, r, _) = rows.count, rows.columns, lora_down.shape
+    if bias is not None:
+        launch.check_like(bias, x, (out.columns,), "bias")
+    masks, kept = launch.masks(seed, dropout, E if dropout_per_expert else 1, x)
+    saved = x.new_empty((ops.topk_saved_size("triton", T, E, r, top_k, stacked),), dtype=_WIDE)
+    counts, prob_sums = x.new_empty((E,), dtype=torch.int64), x.new_empty((E,), dtype=_WIDE)
+    if not T:
+        return saved, counts.zero_(), prob_sums.zero_()
+
+    mixed = launch.workspace(x, T, E * r)
+    constants, columns = _constants(E, r, top_k, renormalize)
+    tile = tiles.mix(columns)
+    fused = tiles.fused_shrink(T, K, columns, constants["EP"], x.element_size(), launch.arch())
+    if masks.groups > 1:
+        fused = None
+    count = tiles.cdiv(T, (fused or tile).BT)
+    tile_counts = x.new_empty((count, E), dtype=torch.int32)
+    tile_sums = x.new_empty((count, E), dtype=_WIDE)
+    if fused:
+        shrink_and_mix[(count,)](
+            x, lora_down, router, saved, mixed.data, tile_counts, tile_sums, masks.seed, T, K,
+            rows.stride, mixed.stride, masks.threshold, scale * kept, SEGMENT=tiles.segment(K),
+            BT=fused.BT, BK=fused.BK, BA=fused.BA, BB=fused.BB, WIDE=rows.wide,
+            PRECISION=launch.precision(x.dtype), **constants,
+            **launch.options(fused.warps, fused.stages),
+        )  # fmt: skip
+    else:
+        logits = saved[T * E * r :]
+        hidden, logits, parts = _shrink.run(rows, lora_down, router, saved, logits, masks)
+        mix[(count,)](
+            hidden, logits, saved, mixed.data, tile_counts, tile_sums, T, mixed.stride,
+            scale * kept, PARTS=parts, BT=tile.BT, **constants, **launch.options(tile.warps, 1),
+        )  # fmt: skip
+    plan = _expand.plan(out, mixed, lora_up, accumulate=accumulate, bias=bias)
+    strips, walks = plan.grid
+    expand_and_count[(strips + 1, walks)](
+        *plan.arguments, counts, prob_sums, tile_counts, tile_sums, count, E=E, EP=constants["EP"],
+        BG=32, **plan.constants,
+    )  # fmt: skip
+    return saved, counts, prob_sums
+
+
+def topk_backward(
+    dy: Tensor, x: Tensor, lora_down: Tensor, lora_up: Tensor, router: Tensor, seed: Tensor | None,
+    saved: Tensor, dprob_sums: Tensor | None, dx: Tensor, top_k: int, scale: float,
+    renormalize: bool, dropout: float, dropout_per_expert: bool, stacked: bool, accumulate: bool,
+    need_dx: bool, need_dparams: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``ops.topk_backward``: shrink of dy with the mix (or two launches), expand, outer in two."""
+    rows, dy_rows = _check(x, lora_down, lora_up, router, dy, "dy", top_k, stacked)
+    T, N, (E, r, _) = rows.count, dy_rows.columns, lora_up.shape
+    masks, kept = launch.masks(seed, dropout, E if dropout_per_expert else 1, x)
+    size = ops.topk_saved_size("triton", T, E, r, top_k, stacked)
+    if saved.shape != (size,) or saved.dtype != _WIDE:
+        raise RuntimeError(f"saved: wanted {size} numbers in float32, got {list(saved.shape)}")
+    if dprob_sums is not None and (dprob_sums.shape != (E,) or dprob_sums.dtype != _WIDE):
+        raise RuntimeError(f"dprob_sums: wanted [{E}] in float32, got {list(dprob_sums.shape)}")
+
+    dhidden, dlogits = launch.workspace(x, T, E * r), launch.workspace(x, T, E)
+    mixed = launch.workspace(x, T, E * r) if need_dparams else None
+    constants, columns = _constants(E, r, top_k, renormalize)
+    results = (saved, dprob_sums, dhidden.data, dlogits.data, mixed and mixed.data)
+    fused = tiles.fused_shrink(T, N, columns, 0, x.element_size(), launch.arch())
+    if fused and T:
+        shrink_and_mix_backward[(tiles.cdiv(T, fused.BT),)](
+            dy, lora_up, *results, T, N, dy_rows.stride, dhidden.stride, dlogits.stride,
+            scale * kept, SEGMENT=tiles.segment(N), BT=fused.BT, BK=fused.BK, BA=fused.BA,
+            BB=fused.BB, WIDE=dy_rows.wide, PRECISION=launch.precision(x.dtype), **constants,
+            **launch.options(fused.warps, fused.stages),
+        )  # fmt: skip
+    elif T:
+        tile = tiles.mix(columns)
+        dmixed, _, parts = _shrink.run(dy_rows, lora_up)
+        mix_backward[(tiles.cdiv(T, tile.BT),)](
+            dmixed, *results, T, dhidden.stride, dlogits.stride, scale * kept, PARTS=parts,
+            BT=tile.BT, **constants, **launch.options(tile.warps, 1),
+        )  # fmt: skip
+    if need_dx:
+        dx_rows = launch.rows_like(dx, x, x.shape, "dx")
+        _expand.run(
+            dx_rows, dhidden, lora_down, dlogits, router, accumulate=accumulate, masks=masks
+        )
+    if not need_dparams:
+        return tuple(lora_down.new_empty((0,)) for _ in range(3))
+    dup, _, ddown, drouter = _outer.run(
+        _outer.Side(dy_rows, mixed), _outer.Side(rows, dhidden, dlogits, masks)
+    )
+    return ddown.view(lora_down.shape), dup.view(lora_up.shape), drouter
+
+
+_WIDE = torch.float32
+
+
+def _check(
+    x: Tensor, lora_down: Tensor, lora_up: Tensor, router: Tensor, out: Tensor, name: str,
+    top_k: int, stacked: bool,
+) -> tuple[launch.Rows, launch.Rows]:  # fmt: skip
+    """x and `out` [..., N] as rows, once everything is known to lie where the kernels reach."""
+    launch.check_dtype(x)
+    rows = launch.rows_of(x, "x")
+    if lora_down.dim() != 3 or lora_up.dim() != 3:
+        raise RuntimeError("lora_down, lora_up: wanted 3 dimensions")
+    (E, r, K), N = lora_down.shape, lora_up.shape[2]
+    if rows.columns != K:
+        raise RuntimeError(f"x: wanted last dimension {K}, got {rows.columns}")
+    launch.check_like(lora_down, x, (E, r, K), "lora_down")
+    launch.check_like(lora_up, x, (E, r, N), "lora_up")
+    launch.check_like(router, x, (E, K), "router")
+    if not 1 <= top_k <= E:
+        raise RuntimeError(f"top_k: wanted 1..{E}, got {top_k}")
+    if not stacked:
+        raise RuntimeError("strategy: the triton kernels are stacked, wanted 'stacked' or 'auto'")
+    return rows, launch.rows_like(out, x, (*x.shape[:-1], N), name)
+
+
+def _constants(E: int, r: int, top_k: int, renormalize: bool) -> tuple[dict, int]:
+    """What every kernel of the mix is compiled for, and the columns of hidden, padding included."""
+    EP, WIDTH = tiles.power_of_2(E), tiles.power_of_2(r)
+    constants = dict(E=E, RANK=r, EP=EP, WIDTH=WIDTH, TOP_K=top_k, RENORMALIZE=renormalize)
+    return constants, EP * WIDTH
