@@ -225,8 +225,8 @@ def run(first: Side, second: Side | None = None) -> list[Tensor | None]:
         blocks_1, arguments_1, constants_1 = second.launch(tile.BA, tile.BN)
     outer_parts[(blocks_0 + blocks_1, tile.splits)](
         *outs, *arguments_0, *arguments_1, masks.seed, masks.threshold, T, tile.span, part_size,
-        blocks_0, *constants_0, *constants_1, BT=tile.BT, BN=tile.BN, PRECISION=launch.precision(wide.dtype),
-        **launch.options(tile.warps, tile.stages),
+        blocks_0, *constants_0, *constants_1, BT=tile.BT, BN=tile.BN,
+        PRECISION=launch.precision(wide.dtype), **launch.options(tile.warps, tile.stages),
     )  # fmt: skip
     if tile.splits > 1:
         add_gradients[(part_size // ADD_BLOCK,)](

@@ -128,7 +128,7 @@ def backward_tile(
     Args:
         saved: as the forward pass left it.
         dprob_sums: [E] or None.
-        dhidden, mixed: [T, E * RANK], pitch (in eights) from row to row, written; mixed may be None.
+        dhidden, mixed: [T, E * RANK], pitch (in eights) from row to row, written; or mixed is None.
         dlogits: [T, E], pitch_logits (in eights) from row to row, written.
     """
     e = tl.arange(0, EP)
@@ -420,5 +420,5 @@ def _check(
 def _constants(E: int, r: int, top_k: int, renormalize: bool) -> tuple[dict, int]:
     """What every kernel of the mix is compiled for, and the columns of hidden, padding included."""
     EP, WIDTH = tiles.power_of_2(E), tiles.power_of_2(r)
-    constants = dict(E=E, RANK=r, EP=EP, WIDTH=WIDTH, TOP_K=top_k, RENORMALIZE=renormalize)
-    return constants, EP * WIDTH
+    constants = {"E": E, "RANK": r, "EP": EP, "WIDTH": WIDTH}
+    return constants | {"TOP_K": top_k, "RENORMALIZE": renormalize}, EP * WIDTH
