@@ -80,6 +80,7 @@ class LaunchRecord:
     name: str
     grid: tuple[int, int, int]
     build: Build
+    arguments: dict  # of the Python function, by name
     counts: Counts | None  # where launches are executed
     seconds: float  # that the emulation took
 
@@ -247,8 +248,10 @@ class _Launcher:
         grid, counts, start = (x, y, z), None, time.perf_counter()
         if driver.execution is not None and x * y * z:
             counts = self._execute(grid, arguments, driver.execution)
+        named = dict(zip(self.source.signature, arguments, strict=True))
+        seconds = time.perf_counter() - start
         driver.launches.append(
-            LaunchRecord(self.build.name, grid, self.build, counts, time.perf_counter() - start)
+            LaunchRecord(self.build.name, grid, self.build, named, counts, seconds)
         )
 
     def _execute(self, grid, arguments, options) -> Counts:
