@@ -8,14 +8,13 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "mix/gated.h"
 #include "mix/grid.h"
 #include "mix/output_gate.h"
 #include "mix/philox.h"
 
 namespace moelora {
-
-enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // What both directions share.  void* is the element type, A its accumulator (float, or double for
 // double).

@@ -17,7 +17,7 @@ struct Dropout {
   double inv_keep;     // 1 / (1 - p)
 };
 
-inline Dropout make_dropout(int64_t seed, double p) {
+MOELORA_HD Dropout make_dropout(int64_t seed, double p) {
   const uint64_t bits = static_cast<uint64_t>(seed);
   return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32),
           static_cast<uint32_t>(p * 65536 + 0.5), 1 / (1 - p)};

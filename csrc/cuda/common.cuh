@@ -1,0 +1,173 @@
+// What every kernel uses: element types, 16-byte copies into shared memory, dropout bits,
+// launching.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cuda/kernels.h"
+#include "cuda/ptx.cuh"
+#include "mix/philox.h"
+
+namespace moelora::cuda {
+
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Elements of 16 bytes, the widest access.
+template <class T>
+constexpr int kChunk = 16 / sizeof(T);
+template <class T>
+struct alignas(16) Chunk {
+  T v[kChunk<T>];
+};
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
+
+template <class T>
+__device__ __forceinline__ bool aligned16(const T* p, int64_t ld = 0) {
+  return ((reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(ld * sizeof(T))) & 15) == 0;
+}
+
+// ---------------------------------------------------------------- copies into shared memory
+
+// `valid` elements of a chunk, then zeros.  In the background if aligned; either way it is there
+// after copy_async_wait and a barrier.
+template <class T>
+__device__ __forceinline__ void copy_chunk(T* to, const T* from, int valid, bool aligned) {
+  if (aligned) {
+    ptx::copy_async16(to, from, valid * static_cast<int>(sizeof(T)));
+    return;
+  }
+  Chunk<T> chunk;
+#pragma unroll
+  for (int i = 0; i < kChunk<T>; ++i) chunk.v[i] = i < valid ? from[i] : T(0.0f);
+  *reinterpret_cast<Chunk<T>*>(to) = chunk;
+}
+
+// Columns [c0, c0 + width) of matrix rows into a tile; zeros from `columns` on, and where row(i) is
+// null.  Eight threads share a row.
+//   tile [rows, width], pitch: a multiple of a chunk, like width
+//   row(i) address of column 0 of row i
+template <class T, class Row>
+__device__ __forceinline__ void copy_rows(T* tile, int pitch, int rows, int width, int64_t c0,
+                                          int64_t columns, bool aligned, int thread, int threads,
+                                          const Row& row) {
+  for (int i = thread / 8; i < rows; i += threads / 8) {
+    const T* from = row(i);
+    for (int c = thread % 8 * kChunk<T>; c < width; c += 8 * kChunk<T>) {
+      const int64_t left = from ? columns - c0 - c : 0;
+      const int valid = left < 0 ? 0 : left < kChunk<T> ? static_cast<int>(left) : kChunk<T>;
+      copy_chunk(tile + i * pitch + c, from + c0 + c, valid, aligned);
+    }
+  }
+}
+
+// Row c of the experts' rows and then the router's.
+template <class T>
+struct RowAddress {
+  const T *experts, *router;
+  int R;
+  int64_t columns;
+
+  __device__ RowAddress(const Rows& rows, int64_t columns)
+      : experts(static_cast<const T*>(rows.experts)),
+        router(static_cast<const T*>(rows.router)),
+        R(rows.R),
+        columns(columns) {}
+  __device__ bool aligned() const {
+    return aligned16(experts, columns) && aligned16(router, columns);
+  }
+  __device__ const T* operator()(int c) const {
+    return c < R ? experts + c * columns : router + (c - R) * columns;
+  }
+};
+
+// ---------------------------------------------------------------- dropout
+
+// Columns of coefficients that see the same mask: all experts' or one's, and the router's none.
+struct MaskGroup {
+  int begin, end;
+  bool masked;
+  uint32_t expert;
+};
+__device__ __forceinline__ int mask_groups(const Rows& rows, const Masks& masks) {
+  return (masks.per_expert ? rows.R / rows.r : 1) + (rows.routed ? 1 : 0);
+}
+__device__ __forceinline__ MaskGroup mask_group(const Rows& rows, const Masks& masks, int i) {
+  const int experts = masks.per_expert ? rows.R / rows.r : 1;
+  if (i == experts) return {rows.R, rows.R + rows.routed, false, 0};
+  if (!masks.per_expert) return {0, rows.R, masks.seed != nullptr, 0};
+  return {i * rows.r, (i + 1) * rows.r, masks.seed != nullptr, static_cast<uint32_t>(i)};
+}
+
+__device__ __forceinline__ Dropout load_dropout(const Masks& masks) {
+  return make_dropout(masks.seed ? *masks.seed : 0, masks.p);
+}
+
+// The mask of 16 tokens by 16 features, across a warp: a lane draws one counter's eight features.
+class KeepTile {
+ public:
+  // feature: of the first column, a multiple of 8
+  __device__ KeepTile(const Dropout& d, int64_t token, int64_t feature, uint32_t expert) {
+    uint32_t words[4][1];
+    philox_words<1>(d, static_cast<uint32_t>(feature / 8) + lane_id() / 16,
+                    static_cast<uint64_t>(token) + lane_id() % 16, expert, words);
+    bits_ = 0;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      bits_ |= uint32_t{(words[w][0] & 0xFFFF) >= d.threshold} << (2 * w);
+      bits_ |= uint32_t{(words[w][0] >> 16) >= d.threshold} << (2 * w + 1);
+    }
+  }
+  // All lanes of the warp must ask together.
+  __device__ bool operator()(int token, int feature) const {
+    return __shfl_sync(~0u, bits_, token + 16 * (feature / 8)) >> (feature % 8) & 1;
+  }
+
+ private:
+  uint32_t bits_;
+};
+
+// ---------------------------------------------------------------- launching
+
+inline void check(cudaError_t error, const char* kernel) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("moelora_ops: ") + kernel + ": " +
+                             cudaGetErrorString(error));
+}
+
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+            void* stream, const std::type_identity_t<Parameters>&... arguments) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (shared > kWithoutAsking)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)),
+          name);
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  check(cudaGetLastError(), name);
+}
+
+// f(std::type_identity<T>) for the element type.
+template <class F>
+void dispatch(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(std::type_identity<float>{});
+    case DType::kBFloat16: return f(std::type_identity<__nv_bfloat16>{});
+    case DType::kFloat16: return f(std::type_identity<__half>{});
+    case DType::kFloat64: return f(std::type_identity<double>{});
+  }
+}
+
+template <class I>
+__host__ __device__ constexpr I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace moelora::cuda

@@ -1,0 +1,202 @@
+// Outer: rows_c = Σ_t h[t, c] mask ⊙ v_t, for all parameters in one launch over chunks of tokens
+// and one that adds the chunks' sums in order.
+#include "cuda/product.cuh"
+
+namespace moelora::cuda {
+namespace {
+
+template <class T>
+struct OuterTile {
+  using A = acc_t<T>;
+  // Of 16 coefficients; bounded by registers.
+  static constexpr int kRowTiles = sizeof(T) == 8 ? 2 : sizeof(T) == 4 ? 6 : 8;
+  static constexpr int kRows = 16 * kRowTiles;
+  static constexpr int kTiles = 4;  // of 8 columns, per warp
+  static constexpr int kWarps = 4;
+  static constexpr int kColumns = 8 * kTiles * kWarps;
+  static constexpr int kTokens = 32;  // of a step
+  static constexpr int kStages = 3;
+  static constexpr int kPitch = kColumns + kChunk<T>;
+
+  int rows;  // of h at a time
+  __host__ __device__ explicit OuterTile(int64_t ldh)
+      : rows(static_cast<int>(ldh < kRows ? ldh : kRows)) {}
+  __host__ __device__ int h_pitch() const { return rows + kChunk<T>; }
+  __host__ __device__ int stage_size() const { return kTokens * (kPitch + h_pitch()); }
+  int64_t shared_bytes() const { return int64_t{kStages} * stage_size() * sizeof(T); }
+
+  static __host__ __device__ int64_t strips(const OuterProduct& p) {
+    return ceil_div<int64_t>(p.columns, kColumns);
+  }
+  static __host__ __device__ int64_t blocks(const OuterProduct& p) {
+    return strips(p) * ceil_div(p.rows.count(), kRows);
+  }
+};
+
+// sums [kRows, 32] of this warp += 16 tokens, for the tile's rows [begin, end).
+//   h [16, kRows], pitch; v [16, 32] of the warp's columns, kPitch
+//   keep (token, feature) for each 16 of the columns
+template <class T, class Keep>
+__device__ __forceinline__ void outer_16(
+    acc_t<T> (&sums)[OuterTile<T>::kRowTiles][OuterTile<T>::kTiles][4], const T* h, int pitch,
+    const T* v, int begin, int end, const Keep* keep) {
+  using P = Product<T>;
+  using S = OuterTile<T>;
+#pragma unroll
+  for (int t = 0; t < 16; t += P::kDepth) {
+    typename P::B b[S::kTiles / 2][2];
+#pragma unroll
+    for (int j = 0; j < S::kTiles / 2; ++j) {
+      P::load_b_transposed(b[j], v + t * S::kPitch + 16 * j, S::kPitch);
+      if (!keep) continue;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        P::filter(b[j][i], [&](int token, int c) { return keep[j](t + token, 8 * i + c); });
+    }
+#pragma unroll
+    for (int m = 0; m < S::kRowTiles; ++m) {
+      const int row = 16 * m;
+      if (row >= end || row + 16 <= begin) continue;
+      typename P::A a;
+      P::load_a_transposed(a, h + t * pitch + row, pitch);
+      if (row < begin || row + 16 > end)
+        P::filter(a, [&](int i, int) { return begin <= row + i && row + i < end; });
+#pragma unroll
+      for (int j = 0; j < S::kTiles; ++j) P::add(sums[m][j], a, b[j / 2][j % 2]);
+    }
+  }
+}
+
+// Grid: the tiles of both products x chunks of tokens.
+template <class T, bool kMasked>
+__global__ void __launch_bounds__(32 * OuterTile<T>::kWarps) outer_kernel(const Outer p) {
+  extern __shared__ __align__(16) char shared[];
+  using S = OuterTile<T>;
+  using A = acc_t<T>;
+  const int64_t first = S::blocks(p.products[0]);
+  const bool second = blockIdx.x >= first;
+  const OuterProduct& product = p.products[second];
+  const int64_t block = second ? blockIdx.x - first : blockIdx.x, strips = S::strips(product);
+  const int64_t n0 = block % strips * S::kColumns;
+  const int c0 = static_cast<int>(block / strips) * S::kRows;
+  const int rows = min(product.rows.count() - c0, S::kRows);
+  const int64_t t_begin = blockIdx.y * p.chunk, t_end = min(p.T, t_begin + p.chunk);
+
+  const S shape(product.ldh);
+  T* stages = reinterpret_cast<T*>(shared);
+  const T *h = static_cast<const T*>(product.h), *v = static_cast<const T*>(product.v);
+  const bool v_aligned = aligned16(v, product.ldv);
+  const auto copy = [&](int step) {
+    T* to = stages + step % S::kStages * shape.stage_size();
+    const int64_t t0 = t_begin + int64_t{step} * S::kTokens;
+    copy_rows(to, S::kPitch, S::kTokens, S::kColumns, n0, product.columns, v_aligned, threadIdx.x,
+              blockDim.x,
+              [&](int i) { return t0 + i < t_end ? v + (t0 + i) * product.ldv : nullptr; });
+    copy_rows(to + S::kTokens * S::kPitch, shape.h_pitch(), S::kTokens, shape.rows, c0, product.ldh,
+              true, threadIdx.x, blockDim.x,
+              [&](int i) { return t0 + i < t_end ? h + (t0 + i) * product.ldh : nullptr; });
+  };
+
+  Dropout dropout = {};
+  if (kMasked) dropout = load_dropout(product.masks);
+  A sums[S::kRowTiles][S::kTiles][4] = {};
+  const int steps = static_cast<int>(ceil_div<int64_t>(t_end - t_begin, S::kTokens));
+  for (int step = 0; step < S::kStages - 1; ++step) {
+    if (step < steps) copy(step);
+    ptx::copy_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    ptx::copy_async_wait<S::kStages - 2>();
+    __syncthreads();  // this step has arrived for all, and nobody reads the previous one any more
+    if (step + S::kStages - 1 < steps) copy(step + S::kStages - 1);
+    ptx::copy_async_commit();
+
+    const T* tile = stages + step % S::kStages * shape.stage_size();
+    for (int t = 0; t < S::kTokens; t += 16) {
+      const T* own = tile + t * S::kPitch + warp_id() * 8 * S::kTiles;
+      const T* coefficients = tile + S::kTokens * S::kPitch + t * shape.h_pitch();
+      if (!kMasked) {
+        outer_16<T, KeepTile>(sums, coefficients, shape.h_pitch(), own, 0, rows, nullptr);
+        continue;
+      }
+      const int64_t token = t_begin + int64_t{step} * S::kTokens + t;
+      const int64_t column = n0 + warp_id() * 8 * S::kTiles;
+      for (int i = 0; i < mask_groups(product.rows, product.masks); ++i) {
+        const MaskGroup group = mask_group(product.rows, product.masks, i);
+        const int begin = max(group.begin - c0, 0), end = min(group.end - c0, rows);
+        if (begin >= end) continue;
+        if (group.masked) {
+          const KeepTile keep[S::kTiles / 2] = {{dropout, token, column, group.expert},
+                                                {dropout, token, column + 16, group.expert}};
+          outer_16(sums, coefficients, shape.h_pitch(), own, begin, end, keep);
+        } else {
+          outer_16<T, KeepTile>(sums, coefficients, shape.h_pitch(), own, begin, end, nullptr);
+        }
+      }
+    }
+  }
+
+  A* out = static_cast<A*>(p.partials) + blockIdx.y * p.size() +
+           (second ? p.products[0].size() : 0) + c0 * product.columns;
+#pragma unroll
+  for (int m = 0; m < S::kRowTiles; ++m)
+    for_each_sum(sums[m], [&](int row, int c, A sum) {
+      const int64_t n = n0 + warp_id() * 8 * S::kTiles + c;
+      if (16 * m + row < rows && n < product.columns)
+        out[(16 * m + row) * product.columns + n] = sum;
+    });
+}
+
+// Adds the chunks' sums in order and rounds them.
+template <class T>
+__global__ void __launch_bounds__(256) add_parts_kernel(const Outer p) {
+  using A = acc_t<T>;
+  const A* partials = static_cast<const A*>(p.partials);
+  const int64_t size = p.size(), stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
+       i += stride) {
+    A sum = 0;
+    for (int part = 0; part < p.parts; ++part) sum += partials[part * size + i];
+    int64_t at = i;
+#pragma unroll
+    for (int o = 0; o < kOuterOutputs; ++o) {
+      if (0 <= at && at < p.outputs[o].size)
+        static_cast<T*>(p.outputs[o].rows)[at] = static_cast<T>(sum);
+      at -= p.outputs[o].size;
+    }
+  }
+}
+
+}  // namespace
+
+void plan_outer(DType dtype, Device device, Outer& outer) {
+  dispatch(dtype, [&](auto type) {
+    using S = OuterTile<typename decltype(type)::type>;
+    constexpr int kBlocksPerMultiprocessor = 2, kChunkUnit = 2 * S::kTokens;
+    const int64_t blocks = S::blocks(outer.products[0]) + S::blocks(outer.products[1]);
+    const int64_t parts = std::clamp<int64_t>(
+        kBlocksPerMultiprocessor * device.multiprocessors / std::max<int64_t>(blocks, 1), 1,
+        ceil_div<int64_t>(outer.T, kChunkUnit));
+    outer.chunk = ceil_div<int64_t>(ceil_div(outer.T, parts), kChunkUnit) * kChunkUnit;
+    outer.parts = static_cast<int>(ceil_div(outer.T, outer.chunk));
+  });
+}
+
+void launch_outer(DType dtype, const Outer& p, void* stream) {
+  dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using S = OuterTile<T>;
+    const bool masked = p.products[0].masks.seed || p.products[1].masks.seed;
+    const int64_t blocks = S::blocks(p.products[0]) + S::blocks(p.products[1]);
+    const int64_t shared =
+        std::max(S(p.products[0].ldh).shared_bytes(), S(p.products[1].ldh).shared_bytes());
+    launch("outer", masked ? outer_kernel<T, true> : outer_kernel<T, false>,
+           dim3(static_cast<unsigned>(blocks), p.parts), 32 * S::kWarps, shared, stream, p);
+    constexpr int kThreads = 256, kPerThread = 4;
+    launch("add_parts", add_parts_kernel<T>,
+           dim3(static_cast<unsigned>(ceil_div<int64_t>(p.size(), kThreads * kPerThread))),
+           kThreads, 0, stream, p);
+  });
+}
+
+}  // namespace moelora::cuda

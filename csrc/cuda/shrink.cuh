@@ -1,0 +1,211 @@
+// Shrink, and the launches of a mix behind it.  A mix is a functor over rows of sums in shared
+// memory; it runs at the end of the product's own kernel (fused), or in a kernel that first adds
+// the product's partial sums.
+#pragma once
+
+#include "cuda/product.cuh"
+
+namespace moelora::cuda {
+
+template <class T>
+struct ShrinkTile {
+  using A = acc_t<T>;
+  static constexpr int kTiles = sizeof(A) == 8 ? 4 : 16;  // of 8 columns; bounded by registers
+  static constexpr int kColumns = 8 * kTiles;
+  static constexpr int kFeatures = 128 / sizeof(T);     // a step: one line of every row
+  static constexpr int kPitch = kFeatures + kChunk<T>;  // an odd number of chunks: no conflicts
+  static constexpr int kStages = 4;
+  static constexpr int kMostWarps = 8;
+  static_assert(kSegmentUnit % kFeatures == 0);
+
+  static int64_t shared_bytes(int warps, int columns) {
+    const int64_t rows = 16 * warps + padded(std::min(columns, kColumns));
+    return rows * kPitch * sizeof(T) * kStages;
+  }
+};
+
+// sums [16, columns) of this warp += 16 features, for the tile's columns [begin, end).
+//   v    [16, 16] of the warp's tokens, rows [columns, 16], ShrinkTile::kPitch
+//   keep (token, feature): the features that these columns see
+template <class T, class Keep>
+__device__ __forceinline__ void shrink_16(acc_t<T> (&sums)[ShrinkTile<T>::kTiles][4], const T* v,
+                                          const T* rows, int begin, int end, const Keep* keep) {
+  using P = Product<T>;
+  constexpr int kPitch = ShrinkTile<T>::kPitch;
+#pragma unroll
+  for (int k = 0; k < 16; k += P::kDepth) {
+    typename P::A a;
+    P::load_a(a, v + k, kPitch);
+    if (keep) P::filter(a, [&](int token, int i) { return (*keep)(token, k + i); });
+#pragma unroll
+    for (int j = 0; j < ShrinkTile<T>::kTiles; j += 2) {
+      if (8 * j >= end || 8 * j + 16 <= begin) continue;
+      typename P::B b[2];
+      P::load_b(b, rows + 8 * j * kPitch + k, kPitch);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int c = 8 * (j + i);
+        if (c >= end || c + 8 <= begin) continue;
+        if (c < begin || c + 8 > end)
+          P::filter(b[i], [&](int, int n) { return begin <= c + n && c + n < end; });
+        P::add(sums[j + i], a, b[i]);
+      }
+    }
+  }
+}
+
+// total [16, columns] of each warp: columns [c0, c0 + columns) of h for tokens from t0 on, summed
+// over features [k0, k1), k0 at the start of a segment.
+//   stages ShrinkTile::shared_bytes
+template <class T, bool kMasked>
+__device__ __forceinline__ void shrink_tile(const Shrink& p, int64_t t0, int c0, int columns,
+                                            int64_t k0, int64_t k1, T* stages,
+                                            acc_t<T> (&total)[ShrinkTile<T>::kTiles][4]) {
+  using S = ShrinkTile<T>;
+  const int tokens = blockDim.x / 2, stage = (tokens + columns + 15) / 16 * 16 * S::kPitch;
+  const T* v = static_cast<const T*>(p.v);
+  const RowAddress<T> address(p.rows, p.columns);
+  const bool v_aligned = aligned16(v, p.ldv), rows_aligned = address.aligned();
+  const auto copy = [&](int step) {
+    T* to = stages + step % S::kStages * stage;
+    const int64_t k = k0 + int64_t{step} * S::kFeatures;
+    copy_rows(to, S::kPitch, tokens, S::kFeatures, k, k1, v_aligned, threadIdx.x, blockDim.x,
+              [&](int i) { return t0 + i < p.T ? v + (t0 + i) * p.ldv : nullptr; });
+    copy_rows(to + tokens * S::kPitch, S::kPitch, columns, S::kFeatures, k, k1, rows_aligned,
+              threadIdx.x, blockDim.x, [&](int i) { return address(c0 + i); });
+  };
+
+  Dropout dropout = {};
+  if (kMasked) dropout = load_dropout(p.masks);
+  acc_t<T> sums[S::kTiles][4] = {};
+  const int steps = static_cast<int>(ceil_div<int64_t>(k1 - k0, S::kFeatures));
+  const int per_segment = static_cast<int>(segment_length(p.columns) / S::kFeatures);
+  for (int step = 0; step < S::kStages - 1; ++step) {
+    if (step < steps) copy(step);
+    ptx::copy_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    ptx::copy_async_wait<S::kStages - 2>();
+    __syncthreads();  // this step has arrived for all, and nobody reads the previous one any more
+    if (step + S::kStages - 1 < steps) copy(step + S::kStages - 1);
+    ptx::copy_async_commit();
+
+    const T* tile = stages + step % S::kStages * stage;
+    const T* own = tile + warp_id() * 16 * S::kPitch;
+    const T* rows = tile + tokens * S::kPitch;
+    for (int k = 0; k < S::kFeatures; k += 16) {
+      if (!kMasked) {
+        shrink_16<T, KeepTile>(sums, own + k, rows + k, 0, columns, nullptr);
+        continue;
+      }
+      const int64_t feature = k0 + int64_t{step} * S::kFeatures + k;
+      for (int i = 0; i < mask_groups(p.rows, p.masks); ++i) {
+        const MaskGroup group = mask_group(p.rows, p.masks, i);
+        const int begin = max(group.begin - c0, 0), end = min(group.end - c0, columns);
+        if (begin >= end) continue;
+        if (group.masked) {
+          const KeepTile keep(dropout, t0 + warp_id() * 16, feature, group.expert);
+          shrink_16(sums, own + k, rows + k, begin, end, &keep);
+        } else {
+          shrink_16<T, KeepTile>(sums, own + k, rows + k, begin, end, nullptr);
+        }
+      }
+    }
+    if ((step + 1) % per_segment == 0 || step + 1 == steps)
+#pragma unroll
+      for (int j = 0; j < S::kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          total[j][i] += sums[j][i];
+          sums[j][i] = 0;
+        }
+  }
+}
+
+// Grid: token tiles x column tiles x parts of the features.
+//   finish(p, t0, c0, columns, total, shared) takes the sums
+template <class T, bool kMasked, class Finish>
+__global__ void __launch_bounds__(32 * ShrinkTile<T>::kMostWarps, 1)
+    shrink_kernel(const Shrink p, const Finish finish) {
+  extern __shared__ __align__(16) char shared[];
+  using S = ShrinkTile<T>;
+  const int64_t t0 = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 2);
+  const int c0 = blockIdx.y * S::kColumns, columns = min(p.rows.count() - c0, S::kColumns);
+  const int64_t length = gridDim.z == 1 ? p.columns : segment_length(p.columns);
+  const int64_t k0 = blockIdx.z * length, k1 = min(p.columns, k0 + length);
+  acc_t<T> total[S::kTiles][4] = {};
+  shrink_tile<T, kMasked>(p, t0, c0, columns, k0, k1, reinterpret_cast<T*>(shared), total);
+  finish(p, t0, c0, columns, total, shared);
+}
+
+// Odd: a thread a row meets no bank conflicts.
+__host__ __device__ constexpr int odd(int n) { return n | 1; }
+
+template <class T>
+constexpr bool kFusable = sizeof(T) == 2;
+
+// The mix in the product's own kernel.
+//   mix(block, t0, n, tile, pitch, scratch): sums of n tokens from t0 on, tile [n, pitch]
+template <class A, class Mix>
+struct Fused {
+  Mix mix;
+
+  template <int kTiles>
+  __device__ __forceinline__ void operator()(const Shrink& p, int64_t t0, int c0, int columns,
+                                             A (&total)[kTiles][4], char* shared) const {
+    const int tokens = blockDim.x / 2, pitch = odd(columns), own = warp_id() * 16;
+    A* tile = reinterpret_cast<A*>(shared);
+    __syncthreads();  // the last stage was read
+    for_each_sum(total, [&](int row, int c, A sum) {
+      if (c < columns) tile[(own + row) * pitch + c] = sum;
+    });
+    __syncthreads();
+    mix(blockIdx.x, t0, static_cast<int>(min(p.T - t0, int64_t{tokens})), tile, pitch,
+        tile + tokens * pitch);
+  }
+};
+
+// The mix in a kernel of its own, behind partial sums.
+template <class A, class Mix>
+__global__ void __launch_bounds__(128)
+    mix_kernel(const A* partials, int parts, int64_t T, int columns, int tokens, const Mix mix) {
+  extern __shared__ __align__(16) char shared[];
+  A* tile = reinterpret_cast<A*>(shared);
+  const int64_t t0 = static_cast<int64_t>(blockIdx.x) * tokens;
+  const int n = static_cast<int>(min(T - t0, int64_t{tokens})), pitch = odd(columns);
+  for (int i = threadIdx.x; i < n * columns; i += blockDim.x) {
+    A sum = 0;  // left to right, as a block that owns all segments
+    for (int part = 0; part < parts; ++part) sum += partials[(part * T + t0) * columns + i];
+    tile[i / columns * pitch + i % columns] = sum;
+  }
+  __syncthreads();
+  mix(blockIdx.x, t0, n, tile, pitch, tile + tokens * pitch);
+}
+
+void launch_partials(DType dtype, const Shrink& p, const ShrinkPlan& plan, void* stream);
+
+inline dim3 shrink_grid(int64_t T, const ShrinkPlan& plan, int column_tiles) {
+  return dim3(static_cast<unsigned>(ceil_div<int64_t>(T, 16 * plan.warps)), column_tiles,
+              plan.parts);
+}
+
+// Shrink and mix, in the launches of the plan.
+//   row_bytes of one token in the mix's shared memory
+template <class T, class Mix>
+void launch_shrink(const char* name, DType dtype, const Shrink& p, const Mix& mix,
+                   int64_t row_bytes, const ShrinkPlan& plan, void* stream) {
+  using A = acc_t<T>;
+  const size_t mix_bytes = plan.mix_tokens * row_bytes;
+  if constexpr (kFusable<T>)
+    if (plan.fused) {
+      const size_t tile_bytes = ShrinkTile<T>::shared_bytes(plan.warps, p.rows.count());
+      return launch(name, shrink_kernel<T, false, Fused<A, Mix>>, shrink_grid(p.T, plan, 1),
+                    32 * plan.warps, std::max(tile_bytes, mix_bytes), stream, p, {mix});
+    }
+  launch_partials(dtype, p, plan, stream);
+  launch(name, mix_kernel<A, Mix>, dim3(static_cast<unsigned>(plan.mix_blocks)), 128, mix_bytes,
+         stream, static_cast<const A*>(p.partials), plan.parts, p.T, p.rows.count(),
+         plan.mix_tokens, mix);
+}
+
+}  // namespace moelora::cuda
