@@ -24,6 +24,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+BINDINGS = ("cpu", "cpu_gated", "cpu_grid", "cpu_averaged", "cpu_output_gate", "cpu_products")
 TORCH_TARGET = "0x020a000000000000"  # 2.10, the oldest torch whose stable ABI has all we use
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -77,8 +78,7 @@ class BuildExtension(build_ext):
             "-isystem", str(root / "include"), *python,
         ]  # fmt: skip
         units = {
-            "bindings_cpu": ("csrc/bindings_cpu.cpp", torch_flags),
-            "bindings_cpu_dense": ("csrc/bindings_cpu_dense.cpp", torch_flags),
+            **{f"bindings_{n}": (f"csrc/bindings_{n}.cpp", torch_flags) for n in BINDINGS},
             "dispatch": ("csrc/cpu/dispatch.cpp", []),
         }
         for level, flags in LEVELS.items():
