@@ -45,9 +45,10 @@ inline int64_t element_size(const Tensor& t) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
-// A contiguous CPU tensor straight from the allocator: through the dispatcher, as
-// torch::stable::empty goes, each costs more than the routing of a token.
-inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+// A contiguous tensor straight from the allocator: through the dispatcher, as torch::stable::empty
+// goes, each costs more than the routing of a token.
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype, int32_t device_type,
+                    int32_t device_index) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t d = shape.size(); d-- > 1;)
     strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
@@ -59,9 +60,12 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   AtenTensorHandle handle;
   const auto error =
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                               code, aoti_torch_device_type_cpu(), 0, &handle);
+                               code, device_type, device_index, &handle);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "out of memory");
   return Tensor(handle);
+}
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  return empty(shape, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& t) {
@@ -102,6 +106,19 @@ inline void check_like(const Tensor& t, const Tensor& x, const std::vector<int64
 
 inline void check_contiguous(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous(), name, ": wanted a contiguous tensor");
+}
+
+// x's shape with N columns.
+inline void check_output(const Tensor& y, const Tensor& x, int64_t N, const char* name) {
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = N;
+  check_like(y, x, shape, name);
+}
+
+inline void check_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t N) {
+  if (!bias) return;
+  check_like(*bias, x, {N}, "bias");
+  check_contiguous(*bias, "bias");
 }
 
 // Runs f(begin, end) over [0, n) in pieces whose ends are multiples of `unit`.

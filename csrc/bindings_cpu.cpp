@@ -2,64 +2,33 @@
 // cpu/kernels.h, split the work over torch's threads.  Arguments were validated in Python
 // (moelora_ops/functional); what is checked here would corrupt memory.
 
-#include "bindings_common.h"
+#include "bindings_topk.h"
 
 namespace {
 
 using namespace moelora::tensors;
 
-void fill_common(moelora::Topk& p, const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
-                 const Tensor& router, int64_t top_k, double scale, bool renormalize,
-                 bool dropout_per_expert, bool stacked, bool accumulate) {
-  const Rows rows = rows_of(x, "x");
-  STD_TORCH_CHECK(lora_down.dim() == 3 && lora_up.dim() == 3,
-                  "lora_down, lora_up: wanted 3 dimensions");
-  check_contiguous(lora_down, "lora_down");
-  check_contiguous(lora_up, "lora_up");
-  check_contiguous(router, "router");
-  p.T = rows.count;
-  p.K = lora_down.size(2);
-  p.N = lora_up.size(2);
-  p.E = static_cast<int>(lora_down.size(0));
-  p.r = static_cast<int>(lora_down.size(1));
-  p.k = static_cast<int>(top_k);
-  STD_TORCH_CHECK(1 <= top_k && top_k <= p.E, "top_k: wanted 1..", p.E, ", got ", top_k);
-  STD_TORCH_CHECK(x.size(x.dim() - 1) == p.K, "x: wanted last dimension ", p.K);
-  check_like(lora_down, x, {p.E, p.r, p.K}, "lora_down");
-  check_like(lora_up, x, {p.E, p.r, p.N}, "lora_up");
-  check_like(router, x, {p.E, p.K}, "router");
+TopkSizes fill_common(moelora::Topk& p, const Tensor& x, const Tensor& lora_down,
+                      const Tensor& lora_up, const Tensor& router, int64_t top_k, double scale,
+                      bool renormalize, bool dropout_per_expert, bool stacked, bool accumulate) {
+  const TopkSizes n = check_topk(x, lora_down, lora_up, router, top_k, stacked);
+  p.T = n.T;
+  p.K = n.K;
+  p.N = n.N;
+  p.E = n.E;
+  p.r = n.r;
+  p.k = n.k;
   p.renormalize = renormalize;
   p.dropout_per_expert = dropout_per_expert;
   p.accumulate = accumulate;
   p.stacked = stacked;
   p.scale = scale;
   p.x = read(x);
-  p.ldx = rows.stride;
+  p.ldx = n.ldx;
   p.lora_down = read(lora_down);
   p.lora_up = read(lora_up);
   p.router = read(router);
-}
-
-int64_t saved_size(const moelora::Topk& p) {
-  return p.T * (static_cast<int64_t>(p.rows()) * p.r + p.E + 2 * p.k);
-}
-
-// Lays hidden, logits, weights and selected out in `saved`, one after the other.
-template <class A>
-void point_into_saved(moelora::Topk& p, A* saved) {
-  p.hidden = saved;
-  p.logits = saved += p.T * p.rows() * p.r;
-  p.weights = saved += p.T * p.E;
-  p.selected = reinterpret_cast<int32_t*>(saved + p.T * p.k);
-}
-void point_into_saved(moelora::Topk& p, const Tensor& saved) {
-  check_contiguous(saved, "saved");
-  STD_TORCH_CHECK(saved.numel() == saved_size(p), "saved: wanted ", saved_size(p),
-                  " elements, got ", saved.numel());
-  if (saved.scalar_type() == ScalarType::Double)
-    point_into_saved(p, data<double>(saved));
-  else
-    point_into_saved(p, data<float>(saved));
+  return n;
 }
 
 // prob_sums [E] from the partial sums, in order; counts [E] from the choices.
@@ -82,27 +51,22 @@ std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& l
                                                 double dropout, bool dropout_per_expert,
                                                 bool stacked, bool accumulate) {
   moelora::TopkForward p{};
-  fill_common(p, x, lora_down, lora_up, router, top_k, scale, renormalize, dropout_per_expert,
-              stacked, accumulate);
+  const TopkSizes sizes = fill_common(p, x, lora_down, lora_up, router, top_k, scale, renormalize,
+                                      dropout_per_expert, stacked, accumulate);
   const std::optional<Dropout> masks = make_dropout(seed, dropout);
   p.dropout = masks ? &*masks : nullptr;
-  std::vector<int64_t> out_shape = shape_of(x);
-  out_shape.back() = p.N;
-  check_like(y, x, out_shape, "y");
-  if (bias) {
-    check_like(*bias, x, {p.N}, "bias");
-    check_contiguous(*bias, "bias");
-  }
+  check_output(y, x, p.N, "y");
+  check_bias(bias, x, p.N);
   p.bias = read(bias);
   p.y = data<void>(y);
   p.ldy = rows_of(y, "y").stride;
 
   const ScalarType wide = accumulator_of(x);
-  Tensor saved = empty({saved_size(p)}, wide);
+  Tensor saved = empty({sizes.saved()}, wide);
   Tensor counts = empty({p.E}, ScalarType::Long);
   Tensor prob_sums = empty({p.E}, wide);
   static thread_local moelora::Scratch<double> partials;
-  point_into_saved(p, saved);
+  point_into_saved(p, sizes, saved);
   p.prob_partials = partials.take((p.T + moelora::kTokenUnit - 1) / moelora::kTokenUnit * p.E + 1);
 
   const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
@@ -141,14 +105,12 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
     bool renormalize, double dropout, bool dropout_per_expert, bool stacked, bool accumulate,
     bool need_dx, bool need_dparams) {
   moelora::TopkBackward p{};
-  fill_common(p, x, lora_down, lora_up, router, top_k, scale, renormalize, dropout_per_expert,
-              stacked, accumulate);
+  const TopkSizes sizes = fill_common(p, x, lora_down, lora_up, router, top_k, scale, renormalize,
+                                      dropout_per_expert, stacked, accumulate);
   const std::optional<Dropout> masks = make_dropout(seed, dropout);
   p.dropout = masks ? &*masks : nullptr;
-  point_into_saved(p, saved);
-  std::vector<int64_t> out_shape = shape_of(x);
-  out_shape.back() = p.N;
-  check_like(dy, x, out_shape, "dy");
+  point_into_saved(p, sizes, saved);
+  check_output(dy, x, p.N, "dy");
   if (need_dx) check_like(dx, x, shape_of(x), "dx");
   p.dy = read(dy);
   p.lddy = rows_of(dy, "dy").stride;
@@ -195,10 +157,7 @@ Tensor small_linear(const Tensor& x, const Tensor& weight, const std::optional<T
   const int64_t K = weight.size(1), N = weight.size(0);
   STD_TORCH_CHECK(weight.dim() == 2 && x.size(x.dim() - 1) == K, "x: wanted last dimension ", K);
   check_like(weight, x, {N, K}, "weight");
-  if (bias) {
-    check_like(*bias, x, {N}, "bias");
-    check_contiguous(*bias, "bias");
-  }
+  check_bias(bias, x, N);
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = N;
   Tensor y = empty(shape, x.scalar_type());

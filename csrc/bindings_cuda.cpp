@@ -1,0 +1,172 @@
+// The topk operators of moelora_ops/ops.py on CUDA tensors: allocate, fill the plain structs of
+// cuda/kernels.h, launch.  Arguments were validated in Python (moelora_ops/functional); what is
+// checked here would corrupt memory.
+
+#include "bindings_cuda_common.h"
+#include "bindings_topk.h"
+
+namespace {
+
+using namespace moelora::tensors;
+namespace cuda = moelora::cuda;
+
+void fill_common(cuda::Topk& p, const TopkSizes& n, double scale, bool renormalize, double dropout,
+                 bool stacked) {
+  p.E = n.E;
+  p.r = n.r;
+  p.k = n.k;
+  p.stacked = stacked;
+  p.renormalize = renormalize;
+  p.scale = scale;
+  p.inv_keep = 1 / (1 - dropout);
+}
+
+std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& lora_down,
+                                                const Tensor& lora_up, const Tensor& router,
+                                                const std::optional<Tensor>& bias,
+                                                const std::optional<Tensor>& seed, const Tensor& y,
+                                                int64_t top_k, double scale, bool renormalize,
+                                                double dropout, bool dropout_per_expert,
+                                                bool stacked, bool accumulate) {
+  const TopkSizes n = check_topk(x, lora_down, lora_up, router, top_k, stacked);
+  const int R = n.E * n.r;
+  check_output(y, x, n.N, "y");
+  check_bias(bias, x, n.N);
+  const cuda::Masks masks = make_masks(seed, dropout, dropout_per_expert);
+
+  const Call call(x);
+  const moelora::DType dtype = dtype_of(x);
+  const ScalarType wide = accumulator_of(x);
+  Tensor saved = call.empty({n.saved()}, wide);
+  Tensor counts = call.empty({n.E}, ScalarType::Long);
+  Tensor prob_sums = call.empty({n.E}, wide);
+  if (n.T == 0) {
+    cuda::set_zero(data<void>(counts), n.E * sizeof(int64_t), call.stream());
+    cuda::set_zero(data<void>(prob_sums), n.E * element_size(prob_sums), call.stream());
+    return {saved, counts, prob_sums};
+  }
+
+  cuda::Shrink shrink = {
+      n.T, n.K, read(x), n.ldx, {read(lora_down), read(router), R, n.r, n.E}, masks, nullptr};
+  cuda::TopkForward mix = {};
+  fill_common(mix, n, scale, renormalize, dropout, stacked);
+  point_into_saved(mix, n, saved);
+  const cuda::ShrinkPlan plan = cuda::plan_shrink(
+      dtype, shrink, cuda::topk_row_bytes(dtype, mix, shrink.rows.count()), cuda::current_device());
+
+  Workspace workspace;
+  const int64_t wide_size = element_size(prob_sums), ldm = cuda::padded(R);
+  const int64_t partials =
+      workspace.reserve(plan.fused ? 0 : plan.parts * n.T * (R + n.E), wide_size);
+  const int64_t mixed = workspace.reserve(n.T * ldm, element_size(x));
+  const int64_t prob_partials = workspace.reserve(plan.mix_blocks * n.E, wide_size);
+  const int64_t count_partials = workspace.reserve(plan.mix_blocks * n.E, sizeof(int32_t));
+  workspace.allocate(call);
+  shrink.partials = workspace.at(partials);
+  mix.mixed = workspace.at(mixed);
+  mix.prob_partials = workspace.at(prob_partials);
+  mix.count_partials = static_cast<int32_t*>(workspace.at(count_partials));
+  cuda::launch_topk_forward(dtype, shrink, mix, plan, call.stream());
+
+  cuda::Expand expand = {};
+  expand.T = n.T;
+  expand.columns = n.N;
+  expand.h = mix.mixed;
+  expand.ldh = ldm;
+  expand.rows = {read(lora_up), nullptr, R, n.r, 0};
+  expand.bias = read(bias);
+  expand.y = data<void>(y);
+  expand.ldy = rows_of(y, "y").stride;
+  expand.accumulate = accumulate;
+  expand.statistics = {mix.prob_partials,     mix.count_partials,   plan.mix_blocks, n.E,
+                       data<void>(prob_sums), data<int64_t>(counts)};
+  cuda::launch_expand(dtype, expand, call.stream());
+  return {saved, counts, prob_sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor> topk_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+    const Tensor& router, const std::optional<Tensor>& seed, const Tensor& saved,
+    const std::optional<Tensor>& dprob_sums, const Tensor& dx, int64_t top_k, double scale,
+    bool renormalize, double dropout, bool dropout_per_expert, bool stacked, bool accumulate,
+    bool need_dx, bool need_dparams) {
+  const TopkSizes n = check_topk(x, lora_down, lora_up, router, top_k, stacked);
+  const int R = n.E * n.r;
+  check_output(dy, x, n.N, "dy");
+  if (need_dx) check_like(dx, x, shape_of(x), "dx");
+  if (dprob_sums) check_contiguous(*dprob_sums, "dprob_sums");
+  const cuda::Masks masks = make_masks(seed, dropout, dropout_per_expert);
+  const Rows dy_rows = rows_of(dy, "dy");
+
+  const Call call(x);
+  const moelora::DType dtype = dtype_of(x);
+  const int64_t size = element_size(x), wide_size = element_size(saved);
+  const auto gradient = [&](const Tensor& t) {
+    return call.empty(need_dparams ? shape_of(t) : std::vector<int64_t>{0}, t.scalar_type());
+  };
+  Tensor dlora_down = gradient(lora_down), dlora_up = gradient(lora_up), drouter = gradient(router);
+  if (n.T == 0) {
+    for (const Tensor* t : {&dlora_down, &dlora_up, &drouter})
+      cuda::set_zero(data<void>(*t), t->numel() * size, call.stream());
+    return {dlora_down, dlora_up, drouter};
+  }
+
+  cuda::Shrink shrink = {n.T, n.N,    read(dy), dy_rows.stride, {read(lora_up), nullptr, R, n.r, 0},
+                         {},  nullptr};
+  cuda::TopkBackward mix = {};
+  fill_common(mix, n, scale, renormalize, dropout, stacked);
+  point_into_saved(mix, n, saved);
+  mix.dprob_sums = read(dprob_sums);
+  const cuda::Device device = cuda::current_device();
+  const cuda::ShrinkPlan plan = cuda::plan_shrink(
+      dtype, shrink, cuda::topk_row_bytes(dtype, mix, shrink.rows.count()), device);
+  const int64_t ldm = cuda::padded(R), ldg = cuda::padded(R + n.E);
+  cuda::Outer outer = {};
+  outer.T = n.T;
+  outer.products[0] = {nullptr, ldm, read(dy), dy_rows.stride, n.N, {nullptr, nullptr, R, n.r, 0},
+                       {}};
+  outer.products[1] = {nullptr, ldg, read(x), n.ldx, n.K, {nullptr, nullptr, R, n.r, n.E}, masks};
+  cuda::plan_outer(dtype, device, outer);
+
+  Workspace workspace;
+  const int64_t partials = workspace.reserve(plan.fused ? 0 : plan.parts * n.T * R, wide_size);
+  const int64_t gradients = workspace.reserve(n.T * ldg, size);
+  const int64_t mixed = workspace.reserve(need_dparams ? n.T * ldm : 0, size);
+  const int64_t sums = workspace.reserve(need_dparams ? outer.parts * outer.size() : 0, wide_size);
+  workspace.allocate(call);
+  shrink.partials = workspace.at(partials);
+  mix.gradients = workspace.at(gradients);
+  mix.mixed = need_dparams ? workspace.at(mixed) : nullptr;
+  cuda::launch_topk_backward(dtype, shrink, mix, plan, call.stream());
+
+  if (need_dx) {
+    cuda::Expand expand = {};
+    expand.T = n.T;
+    expand.columns = n.K;
+    expand.h = mix.gradients;
+    expand.ldh = ldg;
+    expand.rows = {read(lora_down), read(router), R, n.r, n.E};
+    expand.masks = masks;
+    expand.y = data<void>(dx);
+    expand.ldy = rows_of(dx, "dx").stride;
+    expand.accumulate = accumulate;
+    cuda::launch_expand(dtype, expand, call.stream());
+  }
+  if (need_dparams) {
+    outer.products[0].h = mix.mixed;
+    outer.products[1].h = mix.gradients;
+    outer.partials = workspace.at(sums);
+    outer.outputs[0] = {data<void>(dlora_up), dlora_up.numel()};
+    outer.outputs[1] = {data<void>(dlora_down), dlora_down.numel()};
+    outer.outputs[2] = {data<void>(drouter), drouter.numel()};
+    cuda::launch_outer(dtype, outer, call.stream());
+  }
+  return {dlora_down, dlora_up, drouter};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moelora_ops_cuda, MOELORA_CUDA_KEY, m) {
+  m.impl("topk_forward", TORCH_BOX(&topk_forward));
+  m.impl("topk_backward", TORCH_BOX(&topk_backward));
+}
