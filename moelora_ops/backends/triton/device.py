@@ -38,6 +38,25 @@ def load_right(right, N, row, exists_row, n, exists_n):
 
 
 @triton.jit
+def table_row(index, tokens_per_row, tokens, exists):
+    """The row of a table, int64 [BT], that each token reads, see ``launch.RowMap``; -1 for none."""
+    if index is None:
+        row = tl.where(exists, tokens // tokens_per_row, -1)
+    else:
+        row = tl.load(index + tokens, mask=exists, other=-1).to(tl.int64)
+    return row
+
+
+@triton.jit
+def load_table(table, rows, COLUMNS: tl.constexpr, row, column):
+    """table [rows, COLUMNS] at [row, column]; NaN where it has none."""
+    at = table + row[:, None] * COLUMNS + column[None, :]
+    exists_row = (row >= 0) & (row < rows)
+    mask = exists_row[:, None] & (column < COLUMNS)[None, :]
+    return tl.load(at, mask=mask, other=float("nan"))
+
+
+@triton.jit
 def chunk(q, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """Chunk q of groups of ROWS rows that are cut into chunks of at most SIZE.
 

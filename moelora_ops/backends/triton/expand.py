@@ -32,13 +32,15 @@ def expand_strip(
     y, stride_y, left_a, pitch_a, a, left_b, pitch_b, b, bias, seed, threshold, strip, begin, end,
     N, GROUPS: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, ROWS_B: tl.constexpr,
     BRB: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
-    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr = 1,
 ):  # fmt: skip
     """A strip of BN columns of y for the tokens [begin, end), of which begin is an int64.
 
     Args:
         y: [., N], stride_y from row to row.
-        left_a, left_b: [., GROUPS * ROWS] and [., ROWS_B], pitch (in eights) from row to row.
+        left_a, left_b: [., SPLITS * GROUPS * ROWS] and [., ROWS_B], pitch (in eights) from row to
+            row; each of SPLITS segments of y's columns is made of its own columns of left_a.
+        strip: the strips of the first segment, then those of the next.
         a, b: [GROUPS * ROWS, N] and [ROWS_B, N]; b and left_b may be None.
         bias: [N] or None.
         seed: pointer to the seed of the mask on left_a @ a, one per group of rows, or None.
@@ -47,8 +49,13 @@ def expand_strip(
     """
     N = in_eights(N, WIDE)
     stride_y = in_eights(stride_y, WIDE)
-    n = strip * BN + tl.arange(0, BN)
-    exists_n = n < N
+    columns = in_eights(N // SPLITS, WIDE)
+    strips = tl.cdiv(columns, BN)
+    split = strip // strips
+    first = split * columns + (strip % strips) * BN
+    n = first + tl.arange(0, BN)
+    exists_n = n < (split + 1) * columns
+    left_a += split * (GROUPS * ROWS)
     if GROUPS == 1 and ROWS <= BR:
         row_a = tl.arange(0, BR)
         rows_a = load_right(a, N, row_a, row_a < ROWS, n, exists_n)
@@ -69,7 +76,7 @@ def expand_strip(
                 left = load_left(left_a, pitch_a, rows, exists, row, exists_row)
                 right = load_right(a, N, row, exists_row, n, exists_n)
                 term = tl.dot(left, right, input_precision=PRECISION)
-                keep = keep_mask(key, threshold, rows, strip * BN, group, BN)
+                keep = keep_mask(key, threshold, rows, first, group, BN)
                 total += tl.where(keep, term, 0.0)
         else:
             if ROWS <= BR:
@@ -80,7 +87,7 @@ def expand_strip(
                     total, left_a, pitch_a, rows, exists, a, N, n, exists_n, ROWS, BR, PRECISION
                 )
             if seed is not None:
-                total = tl.where(keep_mask(key, threshold, rows, strip * BN, 0, BN), total, 0.0)
+                total = tl.where(keep_mask(key, threshold, rows, first, 0, BN), total, 0.0)
         if b is not None:
             if ROWS_B <= BRB:
                 left = load_left(left_b, pitch_b, rows, exists, row_b, row_b < ROWS_B)
@@ -103,14 +110,14 @@ def expand_rows(
     y, left_a, a, left_b, b, bias, seed, T, N, stride_y, pitch_a, pitch_b, threshold, walk,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, ROWS_B: tl.constexpr,
     BRB: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
-    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr = 1,
 ):  # fmt: skip
     """See :func:`run`.  Grid: strips of columns, walks over tokens."""
     begin = tl.program_id(1).to(tl.int64) * walk
     expand_strip(
         y, stride_y, left_a, pitch_a, a, left_b, pitch_b, b, bias, seed, threshold,
         tl.program_id(0), begin, tl.minimum(begin + walk, T), N, GROUPS, ROWS, BR, ROWS_B, BRB, BT,
-        BN, WIDE, ACCUMULATE, PRECISION,
+        BN, WIDE, ACCUMULATE, PRECISION, SPLITS,
     )  # fmt: skip
 
 
@@ -124,20 +131,24 @@ def plan(
     accumulate: bool,
     bias: Tensor | None = None,
     masks: launch.Masks = launch.NO_MASKS,
+    splits: int = 1,
 ) -> launch.Launch:
     """The launch of :func:`expand_rows`, and the arguments of kernels that do more in it.
 
     Args:
         y: ``[T, N]``, written.
-        left_a: ``[T, R]``, pitch in eights (:func:`launch.workspace`), in y's dtype.
+        left_a: ``[T, splits * R]``, pitch in eights (:func:`launch.workspace`), in y's dtype.
         a: ``[..., N]`` of R rows, contiguous, in y's dtype.
         left_b, b: a second pair or None.
         accumulate: add to what is in y.
         bias: ``[N]`` in y's dtype, or None.
         masks: on left_a @ a.
+        splits: how many equal segments the columns of y and a are in, each with R columns of
+            left_a; neither masks nor a second pair then.
     """
     T, N = y.count, y.columns
-    rows, E = left_a.columns // masks.groups, 0 if left_b is None else left_b.columns
+    segment = y.segment(splits)
+    rows, E = left_a.columns // (splits * masks.groups), 0 if left_b is None else left_b.columns
     tile = tiles.expand(T, N, max(rows, E), y.data.element_size(), launch.arch())
     arguments = (
         y.data, left_a.data, a, None if left_b is None else left_b.data, b, bias, masks.seed,
@@ -146,11 +157,14 @@ def plan(
     )  # fmt: skip
     constants = dict(
         GROUPS=masks.groups, ROWS=rows, BR=tiles.rows_of_product(rows, tile.BR), ROWS_B=E,
-        BRB=tiles.rows_of_product(E, tile.BR), BT=tile.BT, BN=tile.BN, WIDE=y.wide,
+        BRB=tiles.rows_of_product(E, tile.BR), BT=tile.BT, BN=tile.BN, WIDE=segment.wide,
         ACCUMULATE=accumulate, PRECISION=launch.precision(y.data.dtype),
         **launch.options(tile.warps, tile.stages),
     )  # fmt: skip
-    return launch.Launch((tiles.cdiv(N, tile.BN), tiles.cdiv(T, tile.walk)), arguments, constants)
+    if splits > 1:  # kernels that do more take none
+        constants["SPLITS"] = splits
+    grid = (splits * tiles.cdiv(segment.columns, tile.BN), tiles.cdiv(T, tile.walk))
+    return launch.Launch(grid, arguments, constants)
 
 
 def run(*arguments, **options) -> None:

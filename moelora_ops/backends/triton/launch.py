@@ -29,6 +29,10 @@ class Rows(NamedTuple):
         """Whether 8 divides what the kernels add to its address."""
         return self.columns % 8 == 0 and self.stride % 8 == 0
 
+    def segment(self, splits: int) -> "Rows":
+        """The first of `splits` equal segments of the columns."""
+        return self._replace(columns=self.columns // splits)
+
 
 def rows_of(t: Tensor, name: str) -> Rows:
     """`t` as rows.
@@ -126,6 +130,49 @@ def masks(seed: Tensor | None, dropout: float, groups: int, x: Tensor) -> tuple[
     if seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
         raise RuntimeError("seed: wanted an int64 tensor of one element on x's device")
     return Masks(seed, int(dropout * 65536 + 0.5), groups), 1 / (1 - dropout)
+
+
+class RowMap(NamedTuple):
+    """Which row of a table each token reads.
+
+    Attributes:
+        rows: of the table.
+        index: int32 ``[T]``; None where tokens_per_row consecutive tokens read the same row.
+        tokens_per_row: see there.
+    """
+
+    rows: int
+    index: Tensor | None
+    tokens_per_row: int
+
+    @property
+    def shared(self) -> bool:
+        """Whether tokens may read the same row."""
+        return self.index is not None or self.tokens_per_row > 1
+
+
+def row_map(index: Tensor | None, rows: int, tokens: int, name: str) -> RowMap:
+    """How `tokens` read the `rows` of the table `name`.
+
+    Values of `index` are not looked at, which would wait for the GPU; kernels read NaN for a row
+    that does not exist.
+
+    Raises:
+        RuntimeError: without an index, the tokens do not spread evenly; or it is no index of them.
+    """
+    if index is None:
+        if tokens and (not rows or tokens % rows):
+            raise RuntimeError(
+                f"{name}: wanted a number of rows that divides {tokens} tokens, or a row_map,"
+                f" got {rows}"
+            )
+        return RowMap(rows, None, tokens // rows if tokens else 1)
+    if index.dtype != torch.int32 or index.numel() != tokens or not index.is_contiguous():
+        raise RuntimeError(
+            f"row_map: wanted a contiguous int32 for each of {tokens} tokens, got"
+            f" {list(index.shape)} in {index.dtype}"
+        )
+    return RowMap(rows, index, 1)
 
 
 class Launch(NamedTuple):

@@ -2,9 +2,11 @@
 
 Tokens are split into parts of fixed sizes, whose sums one more launch adds in order: no atomics,
 and the same bits on every run.  One launch serves two `wide` (dy and x), each with up to two blocks
-of rows (experts and router, say); all parts of all gradients share a workspace.
+of rows (experts and router, say), and sums of small values over the tokens (the gradients of biases
+and of weights that tokens share); all parts of all gradients share a workspace.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,13 +22,15 @@ from .device import chunk, in_eights, keep_mask, load_left
 def outer_block(
     wide, stride, left_a, pitch_a, out_a, left_b, pitch_b, out_b, offset, seed, threshold, block,
     begin, end, N, ROWS: tl.constexpr, BA: tl.constexpr, ROWS_B: tl.constexpr, BB: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BN columns of BA rows of out_a (and BB of out_b) over the tokens [begin, end).
 
     Args:
         wide: [., N], stride from row to row.
-        left_a, left_b: [., R] and [., ROWS_B], pitch (in eights) from row to row.
+        left_a, left_b: [., SPLITS * R] and [., ROWS_B], pitch (in eights) from row to row; each of
+            SPLITS segments of wide's columns meets R columns of its own.
         out_a, out_b: [R, N] and [ROWS_B, N], after offset; out_b and left_b may be None.
         seed: pointer to the seed of the mask on wide for out_a, one per group of ROWS, or None.
         threshold: see :func:`keep_mask`.
@@ -34,11 +38,14 @@ def outer_block(
     """
     N = in_eights(N, WIDE)
     stride = in_eights(stride, WIDE)
-    strips = tl.cdiv(N, BN)
-    q = block // strips
-    first = (block % strips) * BN
+    columns = in_eights(N // SPLITS, WIDE)
+    strips = tl.cdiv(columns, BN)
+    q, strip = block // (SPLITS * strips), block % (SPLITS * strips)
+    split = strip // strips
+    first = split * columns + (strip % strips) * BN
     n = first + tl.arange(0, BN)
-    exists_n = n < N
+    exists_n = n < (split + 1) * columns
+    left_a += split * ROWS
     group, row_a, exists_a = chunk(q, ROWS, BA)
     row_b = q * BB + tl.arange(0, BB)
     exists_b = row_b < ROWS_B
@@ -71,32 +78,76 @@ def store_rows(out, N, row, exists_row, n, exists_n, columns):
     tl.store(at, columns.T.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["threshold", "T", "span", "part_size", "blocks_0"])
+@triton.jit
+def sum_block(sums, offset, block, begin, end, BT: tl.constexpr, BN: tl.constexpr):
+    """BN columns of a row of the table: the sum over its tokens in [begin, end), int64.
+
+    Args:
+        sums: see :meth:`Sums.arguments`.
+        block: the column strips of the first row, then those of the next.
+    """
+    out, values, pitch, columns, index, tokens_per_row, _, scale = sums
+    strips = tl.cdiv(columns, BN)
+    row = block // strips
+    c = (block % strips) * BN + tl.arange(0, BN)
+    if index is None:
+        begin = tl.maximum(begin, row.to(tl.int64) * tokens_per_row)
+        end = tl.minimum(end, (row + 1).to(tl.int64) * tokens_per_row)
+    total = tl.zeros([BT, BN], tl.float32)
+    for t in range(begin, end, BT):
+        tokens = t + tl.arange(0, BT)
+        mine = tokens < end
+        if index is not None:
+            mine = mine & (tl.load(index + tokens, mask=mine, other=-1) == row)
+        at = values + tokens[:, None] * pitch + c[None, :]
+        mask = mine[:, None] & (c < columns)[None, :]
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    total = scale * tl.sum(total, 0)
+    at = out + offset + row.to(tl.int64) * columns + c
+    tl.store(at, total.to(out.dtype.element_ty), mask=c < columns)
+
+
+@triton.jit(
+    do_not_specialize=["threshold", "T", "span", "part_size", "blocks_0", "blocks_1", "sums"]
+)
 def outer_parts(
     out_0, out_0b, out_1, out_1b, wide_0, left_0, left_0b, N_0, stride_0, pitch_0, pitch_0b, wide_1,
-    left_1, left_1b, N_1, stride_1, pitch_1, pitch_1b, seed, threshold, T, span, part_size,
-    blocks_0, ROWS_0: tl.constexpr, BA_0: tl.constexpr,
-    ROWS_0B: tl.constexpr, BB_0: tl.constexpr, WIDE_0: tl.constexpr,
-    ROWS_1: tl.constexpr, BA_1: tl.constexpr, ROWS_1B: tl.constexpr, BB_1: tl.constexpr,
-    WIDE_1: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    left_1, left_1b, N_1, stride_1, pitch_1, pitch_1b, sums, seed, threshold, T, span, part_size,
+    blocks_0, blocks_1, ROWS_0: tl.constexpr, BA_0: tl.constexpr, ROWS_0B: tl.constexpr,
+    BB_0: tl.constexpr, SPLITS_0: tl.constexpr, WIDE_0: tl.constexpr, ROWS_1: tl.constexpr,
+    BA_1: tl.constexpr, ROWS_1B: tl.constexpr, BB_1: tl.constexpr, SPLITS_1: tl.constexpr,
+    WIDE_1: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BN_SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See :func:`run`.  Grid: the blocks of both sides, parts of span tokens."""
+    """See :func:`run`.  Grid: the blocks of both sides and of each of sums, parts of span tokens.
+
+    Args:
+        wide_0, wide_1: may be None.
+        sums: a tuple, may be empty.
+    """
     block, part = tl.program_id(0), tl.program_id(1)
     begin = part.to(tl.int64) * span
     end = tl.minimum(begin + span, T)
     offset = part.to(tl.int64) * part_size
-    if block < blocks_0:
+    if wide_0 is not None and block < blocks_0:
         outer_block(
             wide_0, stride_0, left_0, pitch_0, out_0, left_0b, pitch_0b, out_0b, offset, None,
-            threshold, block, begin, end, N_0, ROWS_0, BA_0, ROWS_0B, BB_0, BT, BN, WIDE_0,
-            PRECISION,
+            threshold, block, begin, end, N_0, ROWS_0, BA_0, ROWS_0B, BB_0, SPLITS_0, BT, BN,
+            WIDE_0, PRECISION,
         )  # fmt: skip
-    elif wide_1 is not None:
+    block -= blocks_0
+    if wide_1 is not None and (block >= 0) & (block < blocks_1):
         outer_block(
             wide_1, stride_1, left_1, pitch_1, out_1, left_1b, pitch_1b, out_1b, offset, seed,
-            threshold, block - blocks_0, begin, end, N_1, ROWS_1, BA_1, ROWS_1B, BB_1, BT, BN,
+            threshold, block, begin, end, N_1, ROWS_1, BA_1, ROWS_1B, BB_1, SPLITS_1, BT, BN,
             WIDE_1, PRECISION,
         )  # fmt: skip
+    block -= blocks_1
+    for i in tl.static_range(len(sums)):
+        blocks = sums[i][6] * tl.cdiv(sums[i][3], BN_SUM)
+        if (block >= 0) & (block < blocks):
+            sum_block(sums[i], offset, block, begin, end, BT, BN_SUM)
+        block -= blocks
 
 
 @triton.jit
@@ -109,37 +160,21 @@ def add_block(out, parts, part_size, first, size, PARTS: tl.constexpr, BLOCK: tl
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
-@triton.jit(do_not_specialize=["part_size", "size_0", "size_0b", "size_1", "size_1b"])
-def add_gradients(
-    out_0, out_0b, out_1, out_1b, parts, part_size, size_0, size_0b, size_1, size_1b,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Each gradient from its parts, which lie one after the other in whole blocks."""
+@triton.jit(do_not_specialize=["sizes", "part_size"])
+def add_gradients(outs, sizes, parts, part_size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Each gradient of a tuple from its parts, which lie one after the other in whole blocks."""
     block = tl.program_id(0).to(tl.int64)
-    end_0 = tl.cdiv(size_0, BLOCK)
-    end_0b = end_0 + tl.cdiv(size_0b, BLOCK)
-    end_1 = end_0b + tl.cdiv(size_1, BLOCK)
-    if block < end_0:
-        add_block(out_0, parts, part_size, block * BLOCK, size_0, PARTS, BLOCK)
-    elif block < end_0b:
-        if out_0b is not None:
-            add_block(
-                out_0b, parts + end_0 * BLOCK, part_size, (block - end_0) * BLOCK, size_0b, PARTS,
-                BLOCK,
-            )  # fmt: skip
-    elif block < end_1:
-        if out_1 is not None:
-            add_block(
-                out_1, parts + end_0b * BLOCK, part_size, (block - end_0b) * BLOCK, size_1, PARTS,
-                BLOCK,
-            )  # fmt: skip
-    elif out_1b is not None:
-        add_block(
-            out_1b, parts + end_1 * BLOCK, part_size, (block - end_1) * BLOCK, size_1b, PARTS, BLOCK
-        )
+    for i in tl.static_range(len(outs)):
+        blocks = tl.cdiv(sizes[i], BLOCK)
+        if (block >= 0) & (block < blocks):
+            add_block(outs[i], parts, part_size, block * BLOCK, sizes[i], PARTS, BLOCK)
+        block -= blocks
+        parts += blocks * BLOCK
 
 
 ADD_BLOCK = 1024
+# Columns of a table that one block sums.
+SUM_COLUMNS = 32
 
 
 class Side(NamedTuple):
@@ -147,27 +182,31 @@ class Side(NamedTuple):
 
     Attributes:
         wide: ``[T, N]``: what came in where the rows were applied, or its gradient.
-        left: ``[T, R]``, pitch in eights (:func:`launch.workspace`), in wide's dtype.
+        left: ``[T, splits * R]``, pitch in eights (:func:`launch.workspace`), in wide's dtype.
         left_b: ``[T, E]``, the same for a second block of rows, or None.
         masks: on wide, for the first block.
+        splits: how many equal segments wide's columns are in, each with R columns of left; neither
+            masks nor a second block then.
     """
 
     wide: launch.Rows
     left: launch.Rows
     left_b: launch.Rows | None = None
     masks: launch.Masks = launch.NO_MASKS
+    splits: int = 1
 
     @property
     def rows(self) -> tuple[int, int]:
         """R and E, which is 0 without a second block."""
-        return self.left.columns, 0 if self.left_b is None else self.left_b.columns
+        R = self.left.columns // self.splits
+        return R, 0 if self.left_b is None else self.left_b.columns
 
     def launch(self, BA: int, BN: int) -> tuple[int, tuple, tuple]:
         """How many blocks it takes, and what :func:`outer_parts` has two of.
 
         Returns:
             Blocks; wide, left, left_b, N, stride and both pitches; the constants ROWS, BA, ROWS_B,
-            BB and WIDE.
+            BB, SPLITS and WIDE.
         """
         R, E = self.rows
         group = R // self.masks.groups
@@ -175,62 +214,102 @@ class Side(NamedTuple):
         chunks = self.masks.groups * tiles.cdiv(group, size)
         size_b = tiles.rows_of_product(tiles.cdiv(E, chunks), tiles.MOST_COLUMNS)
         wide, left, left_b = self.wide, self.left, self.left_b
+        segment = wide.segment(self.splits)
         return (
-            tiles.cdiv(wide.columns, BN) * chunks,
+            self.splits * tiles.cdiv(segment.columns, BN) * chunks,
             (
                 wide.data, left.data, left_b and left_b.data, wide.columns, wide.stride,
                 left.stride, left_b.stride if left_b else 0,
             ),
-            (group, size, E, size_b, wide.wide),
+            (group, size, E, size_b, self.splits, segment.wide),
         )  # fmt: skip
 
 
-def run(first: Side, second: Side | None = None) -> list[Tensor | None]:
-    """``left.T @ wide`` of each block of each side, in two launches (one, if tokens are few).
+_NO_SIDE = 0, (None, None, None, 0, 0, 0, 0), (1, 16, 0, 16, 1, False)
+
+
+class Sums(NamedTuple):
+    """Sums of values over the tokens of each row of a table.
+
+    Attributes:
+        values: ``[T, columns]``.
+        row_map: which row a token belongs to.
+        dtype: of the result ``[rows, columns]``.
+        scale: what it is multiplied by.
+    """
+
+    values: launch.Rows
+    row_map: launch.RowMap
+    dtype: torch.dtype = torch.float32
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the result."""
+        return self.row_map.rows, self.values.columns
+
+    def arguments(self, out: Tensor) -> tuple:
+        """What :func:`sum_block` takes apart."""
+        values, row_map = self.values, self.row_map
+        return (
+            out, values.data, values.stride, values.columns, row_map.index, row_map.tokens_per_row,
+            row_map.rows, self.scale,
+        )  # fmt: skip
+
+
+def run(
+    first: Side | None, second: Side | None = None, sums: Sequence[Sums] = ()
+) -> list[Tensor | None]:
+    """``left.T @ wide`` of each block of each side, and sums, in two launches (one, if few tokens).
 
     Args:
-        first: has no mask.
+        first: has no mask; or None.
         second: or None.
 
     Returns:
         ``[R, N]`` and ``[E, N]`` (None without a left_b) of the first side, in the dtype of its
-        wide; then those of the second (None without one).
+        wide; those of the second (None without one); ``[rows, columns]`` of each of sums.
     """
-    wide = first.wide.data
-    T = first.wide.count
+    sides = [side for side in (first, second) if side is not None]
+    some = sides[0].wide if sides else sums[0].values
+    T = some.count
     results = []
     for side in (first, second):
         rows = (0, 0) if side is None else side.rows
-        results += [wide.new_empty((n, side.wide.columns)) if n else None for n in rows]
+        results += [side.wide.data.new_empty((n, side.wide.columns)) if n else None for n in rows]
+    results += [some.data.new_empty(s.shape, dtype=s.dtype) for s in sums]
+    wanted = [out for out in results if out is not None]
     if not T:
         return [None if out is None else out.zero_() for out in results]
 
-    features = sum(side.wide.columns for side in (first, second) if side is not None)
-    masks = launch.NO_MASKS if second is None else second.masks
-    most_rows = max(s.rows[0] // s.masks.groups for s in (first, second) if s is not None)
-    tile = tiles.outer(T, features, most_rows, wide.element_size(), launch.arch())
+    features = sum(side.wide.columns for side in sides)
+    most_rows = max((s.rows[0] // s.masks.groups for s in sides), default=1)
+    tile = tiles.outer(T, features, most_rows, some.data.element_size(), launch.arch())
     outs, part_size = results, 0
-    sizes = [0 if out is None else out.numel() for out in results]
     if tile.splits > 1:
         starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + ADD_BLOCK * tiles.cdiv(size, ADD_BLOCK))
+        for out in wanted:
+            starts.append(starts[-1] + ADD_BLOCK * tiles.cdiv(out.numel(), ADD_BLOCK))
         part_size = starts[-1]
-        parts = wide.new_empty((tile.splits, part_size), dtype=torch.float32)
-        outs = [parts[0, at:] if size else None for at, size in zip(starts, sizes, strict=False)]
+        parts = some.data.new_empty((tile.splits, part_size), dtype=torch.float32)
+        each = iter(starts)
+        outs = [None if out is None else parts[0, next(each) :] for out in results]
 
-    blocks_0, arguments_0, constants_0 = first.launch(tile.BA, tile.BN)
-    blocks_1, arguments_1, constants_1 = 0, (None, None, None, 0, 0, 0, 0), (1, 16, 0, 16, False)
-    if second is not None:
-        blocks_1, arguments_1, constants_1 = second.launch(tile.BA, tile.BN)
-    outer_parts[(blocks_0 + blocks_1, tile.splits)](
-        *outs, *arguments_0, *arguments_1, masks.seed, masks.threshold, T, tile.span, part_size,
-        blocks_0, *constants_0, *constants_1, BT=tile.BT, BN=tile.BN,
-        PRECISION=launch.precision(wide.dtype), **launch.options(tile.warps, tile.stages),
+    blocks_0, arguments_0, constants_0 = first.launch(tile.BA, tile.BN) if first else _NO_SIDE
+    blocks_1, arguments_1, constants_1 = second.launch(tile.BA, tile.BN) if second else _NO_SIDE
+    masks = second.masks if second else launch.NO_MASKS
+    blocks = blocks_0 + blocks_1
+    blocks += sum(s.shape[0] * tiles.cdiv(s.shape[1], SUM_COLUMNS) for s in sums)
+    outer_parts[(blocks, tile.splits)](
+        *outs[:4], *arguments_0, *arguments_1,
+        tuple(s.arguments(out) for s, out in zip(sums, outs[4:], strict=True)), masks.seed,
+        masks.threshold, T, tile.span, part_size, blocks_0, blocks_1, *constants_0, *constants_1,
+        BT=tile.BT, BN=tile.BN, BN_SUM=SUM_COLUMNS, PRECISION=launch.precision(some.data.dtype),
+        **launch.options(tile.warps, tile.stages),
     )  # fmt: skip
     if tile.splits > 1:
         add_gradients[(part_size // ADD_BLOCK,)](
-            *results, parts, part_size, *sizes, PARTS=tile.splits, BLOCK=ADD_BLOCK,
-            **launch.options(4, 1),
+            tuple(wanted), tuple(out.numel() for out in wanted), parts, part_size,
+            PARTS=tile.splits, BLOCK=ADD_BLOCK, **launch.options(4, 1),
         )  # fmt: skip
     return results

@@ -52,12 +52,13 @@ def shrink_tile(
         inside = k[None, :] < end - k0
         tile = tl.load(at_x + k0, mask=exists[:, None] & inside, other=0.0)
         rows_a = tl.load(at_a + k0, mask=exists_a[:, None] & inside, other=0.0)
+        kept = tile
+        if seed is not None:
+            kept = tl.where(keep_mask(key, threshold, rows, k0, expert, BK), tile, 0.0)
+        sum_a = tl.dot(kept, rows_a.T, sum_a, input_precision=PRECISION)
         if b is not None:
             rows_b = tl.load(at_b + k0, mask=exists_b[:, None] & inside, other=0.0)
             sum_b = tl.dot(tile, rows_b.T, sum_b, input_precision=PRECISION)
-        if seed is not None:
-            tile = tl.where(keep_mask(key, threshold, rows, k0, expert, BK), tile, 0.0)
-        sum_a = tl.dot(tile, rows_a.T, sum_a, input_precision=PRECISION)
         if PARTS <= 2 and (k0 + BK) % SEGMENT == 0:
             half_a += sum_a
             half_b += sum_b
@@ -94,12 +95,20 @@ def add_parts(parts, at, stride, mask, PARTS: tl.constexpr):
 def shrink_parts(
     x, a, b, out_a, out_b, seed, T, K, stride_x, threshold, SPAN, SEGMENT: tl.constexpr,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ROWS_B: tl.constexpr,
-    PARTS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    BA: tl.constexpr, BB: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes partial sums; see :func:`run`.  Grid: row tiles, column tiles, parts of SPAN."""
+    """Writes partial sums; see :func:`run`.
+
+    Grid: row tiles, column tiles of each of SPLITS segments of K features, parts of SPAN.
+    """
     rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    column, part = tl.program_id(1), tl.program_id(2)
+    columns = tl.num_programs(1) // SPLITS
+    column, split, part = tl.program_id(1) % columns, tl.program_id(1) // columns, tl.program_id(2)
+    K = in_eights(K, WIDE)
+    x += split * K
+    a += split * K
+    out_a += split * (GROUPS * ROWS)
     exists = rows < T
     first = column * BA
     row_a, exists_a = padded(first + tl.arange(0, BA), GROUPS, ROWS, WIDTH)
@@ -107,13 +116,13 @@ def shrink_parts(
     exists_b = row_b < ROWS_B
     begin = part * SPAN
     sum_a, sum_b = shrink_tile(
-        x, stride_x, rows, exists, a, row_a, exists_a, b, row_b, exists_b, K, begin,
+        x, stride_x, rows, exists, a, row_a, exists_a, b, row_b, exists_b, SPLITS * K, begin,
         tl.minimum(begin + SPAN, K), seed, threshold, first // WIDTH, SEGMENT, PARTS, BT, BK, BA,
         BB, WIDE, PRECISION,
     )  # fmt: skip
     row = part.to(tl.int64) * T + rows
     tl.store(
-        out_a + row[:, None] * (GROUPS * ROWS) + row_a[None, :],
+        out_a + row[:, None] * (SPLITS * GROUPS * ROWS) + row_a[None, :],
         sum_a,
         mask=exists[:, None] & exists_a[None, :],
     )
@@ -139,6 +148,7 @@ def run(
     out_a: Tensor | None = None,
     out_b: Tensor | None = None,
     masks: launch.Masks = launch.NO_MASKS,
+    splits: int = 1,
 ) -> tuple[Tensor, Tensor | None, int]:
     """Shrink in one launch, maybe into partial sums, which the consumer adds (:func:`add_parts`).
 
@@ -149,29 +159,32 @@ def run(
         out_a, out_b: float32 ``[T, R]`` and ``[T, E]`` for the results if there is only one part;
             else, and if None, they are allocated.
         masks: on x for a's product.
+        splits: how many equal segments the features of x and a are in, each with results of its
+            own, ``[T, splits * R]``; neither b nor masks then.
 
     Returns:
         float32 ``[parts, T, R]`` and ``[parts, T, E]`` (None without b), and parts.
     """
-    T, K = x.count, x.columns
+    T, K = x.count, x.columns // splits
     R, E = a.shape[:-1].numel(), 0 if b is None else b.shape[0]
     groups = masks.groups
     width = max(tiles.power_of_2(R // groups), tiles.LEAST_COLUMNS)
     tile = tiles.shrink(
         T, K, groups * width, E, a.element_size(), launch.arch(),
-        min(width, tiles.MOST_COLUMNS),
+        min(width, tiles.MOST_COLUMNS), splits,
     )  # fmt: skip
     parts = tile.parts
     if parts > 1 or out_a is None:
-        out_a = a.new_empty((parts, T, R), dtype=torch.float32)
+        out_a = a.new_empty((parts, T, splits * R), dtype=torch.float32)
     if b is not None and (parts > 1 or out_b is None):
         out_b = a.new_empty((parts, T, E), dtype=torch.float32)
     if T:
-        shrink_parts[(tiles.cdiv(T, tile.BT), tile.columns, parts)](
+        shrink_parts[(tiles.cdiv(T, tile.BT), tile.columns * splits, parts)](
             x.data, a, b, out_a, out_b, masks.seed, T, K, x.stride, masks.threshold, tile.span,
             SEGMENT=tiles.segment(K), GROUPS=groups, ROWS=R // groups, WIDTH=width, ROWS_B=E,
-            PARTS=parts, BT=tile.BT, BK=tile.BK, BA=tile.BA, BB=tile.BB, WIDE=x.wide,
-            PRECISION=launch.precision(a.dtype), **launch.options(tile.warps, tile.stages),
+            SPLITS=splits, PARTS=parts, BT=tile.BT, BK=tile.BK, BA=tile.BA, BB=tile.BB,
+            WIDE=x.segment(splits).wide, PRECISION=launch.precision(a.dtype),
+            **launch.options(tile.warps, tile.stages),
         )  # fmt: skip
     return out_a, out_b, parts
 

@@ -89,6 +89,7 @@ def shrink(
     itemsize: int,
     arch: Arch,
     most_columns: int = MOST_COLUMNS,
+    products: int = 1,
 ) -> Shrink:
     """The tile of ``[tokens, features] x [features, columns]``.
 
@@ -96,6 +97,7 @@ def shrink(
         columns_a, columns_b: of the two products, padding included; columns_b may be 0.
         itemsize: bytes of an element.
         most_columns: of the first product in one block.
+        products: how many such products run at once.
     """
     BA = rows_of_product(columns_a, most_columns)
     columns = cdiv(columns_a, BA)
@@ -107,7 +109,7 @@ def shrink(
     # Blocks of 128 tokens read the experts' rows half as often; fewer parts are less to write and
     # to add.  Whatever fills the GPU first.
     for BT, parts in ((128, 1), (128, halves), (64, halves), (64, segments)):
-        if cdiv(tokens, BT) * parts * columns >= 0.9 * arch.multiprocessors:
+        if cdiv(tokens, BT) * parts * columns * products >= 0.9 * arch.multiprocessors:
             break
     return Shrink(
         parts, spans[parts], columns, BT, SHRINK_STEP[itemsize], BA, BB, BT // 16,
