@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tiles
-from .device import chunk, in_eights, keep_mask, load_left
+from .device import apart, chunk, in_eights, keep_mask, load_left
 
 
 @triton.jit
@@ -59,12 +59,14 @@ def outer_block(
         at = wide + rows[:, None] * stride + n[None, :]
         tile = tl.load(at, mask=exists[:, None] & exists_n[None, :], other=0.0)
         left = load_left(left_a, pitch_a, rows, exists, row_a, exists_a)
+        kept = tile
+        if seed is not None:
+            tile = apart(tile, threshold >= 0)
+            kept = tl.where(keep_mask(key, threshold, rows, first, group, BN), tile, 0.0)
         if left_b is not None:
             other = load_left(left_b, pitch_b, rows, exists, row_b, exists_b)
             sum_b = tl.dot(tile.T, other, sum_b, input_precision=PRECISION)
-        if seed is not None:
-            tile = tl.where(keep_mask(key, threshold, rows, first, group, BN), tile, 0.0)
-        sum_a = tl.dot(tile.T, left, sum_a, input_precision=PRECISION)
+        sum_a = tl.dot(kept.T, left, sum_a, input_precision=PRECISION)
     store_rows(out_a + offset, N, row_a, exists_a, n, exists_n, sum_a)
     if left_b is not None:
         store_rows(out_b + offset, N, row_b, exists_b, n, exists_n, sum_b)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tiles
-from .device import in_eights, keep_mask, padded
+from .device import apart, in_eights, keep_mask, padded
 
 
 @triton.jit
@@ -54,11 +54,12 @@ def shrink_tile(
         rows_a = tl.load(at_a + k0, mask=exists_a[:, None] & inside, other=0.0)
         kept = tile
         if seed is not None:
+            tile = apart(tile, threshold >= 0)
             kept = tl.where(keep_mask(key, threshold, rows, k0, expert, BK), tile, 0.0)
-        sum_a = tl.dot(kept, rows_a.T, sum_a, input_precision=PRECISION)
         if b is not None:
             rows_b = tl.load(at_b + k0, mask=exists_b[:, None] & inside, other=0.0)
             sum_b = tl.dot(tile, rows_b.T, sum_b, input_precision=PRECISION)
+        sum_a = tl.dot(kept, rows_a.T, sum_a, input_precision=PRECISION)
         if PARTS <= 2 and (k0 + BK) % SEGMENT == 0:
             half_a += sum_a
             half_b += sum_b
