@@ -44,6 +44,7 @@ class Wave:
         self.polling = np.zeros(self.count, np.bool_)  # waited in vain for an mbarrier
         self.barrier = np.zeros(self.count, np.int64)  # where it is blocked
         self.expected = np.zeros(self.count, np.int64)  # threads there; 0: all of the block
+        self.arrived: dict[int, np.ndarray] = {}  # at a barrier without waiting, by block
         self.pc = np.zeros(self.count, np.int64)
         self.at = 0  # the step being executed
 
@@ -157,6 +158,15 @@ class Wave:
         self._release()
         return True
 
+    def arrive(self, mask, barrier: int) -> None:
+        """Lanes reach `bar.arrive` and go on."""
+        lanes = self.active(mask)
+        for number in np.unique(self.spread(barrier)[lanes]):
+            here = self.slot[lanes[self.spread(barrier)[lanes] == number]]
+            before = self.arrived.setdefault(int(number), np.zeros(self.blocks, np.int64))
+            before += np.bincount(here, minlength=self.blocks)
+        self._release()
+
     def _release(self) -> None:
         """Barriers at which everybody has arrived open."""
         if not self.blocked.any():
@@ -167,10 +177,12 @@ class Wave:
         for barrier in np.unique(self.barrier[self.blocked]):
             here = blocked & (self.barrier.reshape(shape) == barrier)
             expected = np.where(here, self.expected.reshape(shape), 0).max(1)
-            arrived = here.sum(1)
-            opens = (arrived > 0) & (arrived >= np.where(expected > 0, expected, live))
+            others = self.arrived.get(int(barrier), np.zeros(self.blocks, np.int64))
+            waiting = here.sum(1)
+            opens = (waiting > 0) & (waiting + others >= np.where(expected > 0, expected, live))
             if opens.any():
                 self.blocked.reshape(shape)[here & opens[:, None]] = False
+                others[opens] = 0
                 self._pass(opens)
 
     def _pass(self, blocks: np.ndarray) -> None:

@@ -346,7 +346,8 @@ class SharedMemory:
             tag, floor = wave.tag[lane], wave.floor[lane]
             clash = (self.wrote[at] != atomic) & self._clashes_with_write(at, tag, floor)
             self._fault(wave, lanes, at, clash, "atomic operation", size // self.unit)
-            self.wrote[at] = atomic
+            # A plain store by this warp stays on record: to others it is one.
+            self.wrote[at] = np.where(self.wrote[at] == tag, tag, atomic)
         return self.units.of(size)[int(index[0]) : int(index[0]) + 1]
 
     def locate(self, wave, lanes, addresses, size) -> np.ndarray:

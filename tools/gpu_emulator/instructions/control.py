@@ -38,12 +38,16 @@ def _(d: Decoder):
         d.take("sync")
         return lambda wave, mask: None  # lanes of a warp run in step
     d.take("aligned")
-    if d.take("sync") is None:
-        raise Unsupported("a barrier other than sync")
+    arrives = d.take("arrive") is not None
+    if not arrives and d.take("sync") is None:
+        raise Unsupported("a barrier that reduces")
     if len(d.operands) > 1 or d.operands[:1] not in ([], ["0"]):
         d.block_barriers_only = False
     barrier = d.read(d.operands[0], U32) if d.operands else None
     expected = d.read(d.operands[1], U32) if len(d.operands) > 1 else None
+
+    if arrives:
+        return lambda wave, mask: wave.arrive(mask, wave.values[barrier])
 
     def execute(wave, mask):
         values = wave.values

@@ -39,7 +39,9 @@ class Barrier:
             self.phase ^= 1
 
     def land(self) -> None:
-        while self.copies:
+        """Copies of the present phase."""
+        phase = self.phase
+        while self.copies and self.phase == phase:
             self.bytes -= self.copies.pop(0)()
             self.settle()
 
@@ -162,7 +164,8 @@ def _wait(d: Decoder):
         answers = np.empty(len(unique), np.bool_)
         for i, (_, address, phase) in enumerate(unique):
             barrier = barrier_at(wave, lanes[first[i]], address)
-            barrier.land()
+            if barrier.phase == phase:
+                barrier.land()
             answers[i] = barrier.phase != phase
         done = answers[inverse.reshape(-1)]
         wave.values[out][lanes] = done
