@@ -57,6 +57,7 @@ class Build:
     """A kernel as Triton compiled it."""
 
     name: str
+    module: str  # the last part of its name: where the kernel is
     target: GPUTarget
     warps: int
     shared: int  # bytes of dynamic shared memory
@@ -234,6 +235,7 @@ class _Launcher:
         names = source.fn.arg_names
         self.build = Build(
             name=metadata.name,
+            module=source.fn.module.rpartition(".")[2],
             target=metadata.target,
             warps=metadata.num_warps,
             shared=metadata.shared,
