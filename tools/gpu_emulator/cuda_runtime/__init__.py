@@ -1,0 +1,215 @@
+"""The package's CUDA back end on CPU tensors: its own bindings and host launchers, as nvcc built
+them, on a runtime whose launches execute the kernels' PTX.
+
+    library = build(directory, archs=("80", "90a"))   # nvcc and a C++ compiler; about a minute
+    with emulated_cuda(library, "80") as gpu:
+        ops.of("cuda").topk_forward(x, ...)           # CPU tensors
+    for launch in gpu.launches:
+        launch.name, launch.grid, launch.block, launch.shared, launch.counts
+
+Everything that an operator allocates on the device is filled with NaN first.
+"""
+
+import contextlib
+import ctypes
+import re
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..counting import Counts
+from ..machine import run
+from ..ptx import load
+
+ROOT = Path(__file__).parents[3]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+BINDINGS = sorted((ROOT / "csrc").glob("bindings_cuda*.cpp"))
+LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
+
+
+@dataclass
+class Library:
+    """What :func:`build` made.
+
+    Attributes:
+        runtime, module: shared libraries, the second linked with the first.
+        ptx: per architecture, the files of its kernels.
+    """
+
+    runtime: Path
+    module: Path
+    ptx: dict[str, list[Path]]
+
+
+def build(directory: Path, archs: tuple[str, ...] = ("80", "90a"), nvcc: str = "nvcc") -> Library:
+    """Compiles csrc/cuda and its bindings for the emulator.
+
+    Raises subprocess.CalledProcessError, with the compiler's messages on stderr.
+    """
+
+    def compile(*command) -> None:
+        subprocess.run([*map(str, command)], check=True, cwd=ROOT)
+
+    runtime, module = directory / "libcudart.so.13", directory / "_cuda_emulated.so"
+    compile(
+        "cc", "-O2", "-shared", "-fPIC", f"-Wl,-soname,{runtime.name}", "-o", runtime,
+        Path(__file__).parent / "runtime.c",
+    )  # fmt: skip
+    objects = []
+    for source in SOURCES:
+        objects.append(directory / f"{source.stem}.o")
+        # PTX alone: no binary for a card is needed, and none could be launched by mistake.
+        compile(
+            nvcc, "-O3", "-std=c++20", "-lineinfo", "-Icsrc", "-Xcompiler=-fPIC", "-cudart=shared",
+            *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs), "--keep",
+            f"--keep-dir={directory}", "-c", source, "-o", objects[-1],
+        )  # fmt: skip
+    torch_root = Path(torch.__file__).parent
+    for source in BINDINGS:
+        objects.append(directory / f"{source.stem}.o")
+        compile(
+            "c++", "-O1", "-std=c++20", "-fPIC", "-Icsrc", "-DMOELORA_EMULATED",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_root / "include",
+            f"-I{sysconfig.get_paths()['include']}", "-c", source, "-o", objects[-1],
+        )  # fmt: skip
+    compile(
+        "c++", "-shared", *objects, "-o", module, runtime, f"-L{torch_root / 'lib'}", "-ltorch_cpu",
+        f"-Wl,-rpath,{directory}",
+    )  # fmt: skip
+    files = {
+        arch: [
+            directory / (f"{s.stem}.compute_{arch}.ptx" if len(archs) > 1 else f"{s.stem}.ptx")
+            for s in SOURCES
+        ]
+        for arch in archs
+    }
+    return Library(runtime, module, files)
+
+
+@dataclass
+class Launch:
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    counts: Counts
+
+
+class _Memory:
+    """An allocation of C++ code, as the emulator wants a tensor."""
+
+    def __init__(self, address: int, size: int):
+        self.data_ptr, self.shape = lambda: address, (size,)
+
+    def stride(self):
+        return (1,)
+
+    def element_size(self):
+        return 1
+
+    def numel(self):
+        return self.shape[0]
+
+
+_HOOKS = (
+    ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint * 3),
+        ctypes.POINTER(ctypes.c_uint * 3), ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t,
+    ),
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t),
+)  # fmt: skip
+
+
+class Device:
+    """Executes launches and records them."""
+
+    def __init__(self, kernels: dict, options: dict):
+        self.launches: list[Launch] = []
+        self.kernels, self.options = kernels, options
+        self.memory: dict[str, object] = {}
+        self.error: Exception | None = None
+
+    def take(self, arguments) -> None:
+        """The tensors of a call are all the memory that its kernels may use, beside their own."""
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.numel()]
+        self.memory = {f"argument {i}": t for i, t in enumerate(tensors)}
+
+    def allocate(self, address: int | None, size: int) -> None:
+        if size:
+            ctypes.memset(address, 0xFF, size)
+            self.memory[f"allocation {len(self.memory)}"] = _Memory(address, size)
+
+    def launch(self, name, grid, block, pointers, shared) -> int:
+        try:
+            kernel = self.kernels[name.decode()]
+            arguments = [
+                ctypes.string_at(pointers[i], parameter.size)
+                for i, parameter in enumerate(kernel.parameters.values())
+            ]
+            grid, block = tuple(grid.contents), tuple(block.contents)
+            counts = run(
+                kernel, grid, block, arguments, shared=shared, buffers=self.memory, **self.options
+            )
+            self.launches.append(Launch(plain_name(kernel.name), grid, block, shared, counts))
+        except Exception as error:
+            self.error = error
+            return LAUNCH_FAILURE
+        return 0
+
+
+def plain_name(mangled: str) -> str:
+    """The kernel's name in the source."""
+    return re.search(r"\d+([a-z_]+_kernel)", mangled)[1]
+
+
+_loaded: dict[Path, ctypes.CDLL] = {}
+
+
+@contextlib.contextmanager
+def emulated_cuda(
+    library: Library, arch: str, *, multiprocessors: int = 132, shared_bytes: int = 232448,
+    **options,
+) -> Iterator[Device]:  # fmt: skip
+    """The CUDA operators (``ops.of("cuda")``) take CPU tensors and run on the PTX of `arch`.
+
+    options: of :func:`tools.gpu_emulator.run`.  A fault of a kernel is raised by the operator.
+    """
+    from moelora_ops import ops
+
+    kernels = {}
+    for path in library.ptx[arch]:
+        kernels |= load(path.read_text())
+    if library.module not in _loaded:
+        _loaded[library.module] = ctypes.CDLL(str(library.runtime), mode=ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(str(library.module))
+    device = Device(kernels, options)
+    hooks = [kind(f) for kind, f in zip(_HOOKS, (device.launch, device.allocate), strict=True)]
+    _loaded[library.module].emulated_device(*hooks, multiprocessors, shared_bytes)
+
+    operators = ops.of("cuda")
+    originals = dict(vars(operators))
+
+    def emulated(operator):
+        def call(*arguments):
+            device.take(arguments)
+            try:
+                return operator(*arguments)
+            except RuntimeError:
+                error, device.error = device.error, None
+                if error:
+                    raise error
+                raise
+
+        return call
+
+    for name, operator in originals.items():
+        setattr(operators, name, emulated(operator))
+    try:
+        yield device
+    finally:
+        vars(operators).update(originals)
+        _loaded[library.module].emulated_device(None, None, 0, 0)
