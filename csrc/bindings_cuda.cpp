@@ -94,7 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
   const int R = n.E * n.r;
   check_output(dy, x, n.N, "dy");
   if (need_dx) check_like(dx, x, shape_of(x), "dx");
-  if (dprob_sums) check_contiguous(*dprob_sums, "dprob_sums");
+  if (dprob_sums) {
+    STD_TORCH_CHECK(dprob_sums->scalar_type() == saved.scalar_type() && dprob_sums->numel() == n.E,
+                    "dprob_sums: wanted ", n.E, " elements like saved's");
+    check_contiguous(*dprob_sums, "dprob_sums");
+  }
   const cuda::Masks masks = make_masks(seed, dropout, dropout_per_expert);
   const Rows dy_rows = rows_of(dy, "dy");
 

@@ -17,6 +17,7 @@ extern "C" void emulated_allocation(void* data, size_t bytes);
 #endif
 
 namespace moelora::tensors {
+namespace {
 
 // One call of an operator: while it lives, the device of its tensors is the current one.
 class Call {
@@ -84,11 +85,12 @@ class Workspace {
   std::optional<Tensor> memory_;
 };
 
-inline cuda::Masks make_masks(const std::optional<Tensor>& seed, double p, bool per_expert) {
+cuda::Masks make_masks(const std::optional<Tensor>& seed, double p, bool per_expert) {
   if (p <= 0) return {};
   STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
                   "seed: wanted an int64 tensor of one element, as dropout > 0");
   return {static_cast<const int64_t*>(read(seed)), p, per_expert};
 }
 
+}  // namespace
 }  // namespace moelora::tensors

@@ -21,7 +21,7 @@ from torch import Tensor
 
 # Back end -> the namespace of its operators.  The dispatch key alone cannot tell two sets of
 # kernels for one device apart, so each has a namespace of its own, with the same schemas and fakes.
-NAMESPACES = {"cpu": "moelora_ops", "triton": "moelora_ops_triton"}
+NAMESPACES = {"cpu": "moelora_ops", "cuda": "moelora_ops_cuda", "triton": "moelora_ops_triton"}
 
 _SCHEMAS = {
     "topk_forward": (

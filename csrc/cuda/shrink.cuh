@@ -62,7 +62,8 @@ __device__ __forceinline__ void shrink_tile(const Shrink& p, int64_t t0, int c0,
                                             int64_t k0, int64_t k1, T* stages,
                                             acc_t<T> (&total)[ShrinkTile<T>::kTiles][4]) {
   using S = ShrinkTile<T>;
-  const int tokens = blockDim.x / 2, stage = (tokens + columns + 15) / 16 * 16 * S::kPitch;
+  const int tokens = blockDim.x / 2, rows_read = static_cast<int>(padded(columns));
+  const int stage = (tokens + rows_read) * S::kPitch;
   const T* v = static_cast<const T*>(p.v);
   const RowAddress<T> address(p.rows, p.columns);
   const bool v_aligned = aligned16(v, p.ldv), rows_aligned = address.aligned();
@@ -71,8 +72,9 @@ __device__ __forceinline__ void shrink_tile(const Shrink& p, int64_t t0, int c0,
     const int64_t k = k0 + int64_t{step} * S::kFeatures;
     copy_rows(to, S::kPitch, tokens, S::kFeatures, k, k1, v_aligned, threadIdx.x, blockDim.x,
               [&](int i) { return t0 + i < p.T ? v + (t0 + i) * p.ldv : nullptr; });
-    copy_rows(to + tokens * S::kPitch, S::kPitch, columns, S::kFeatures, k, k1, rows_aligned,
-              threadIdx.x, blockDim.x, [&](int i) { return address(c0 + i); });
+    copy_rows(to + tokens * S::kPitch, S::kPitch, rows_read, S::kFeatures, k, k1, rows_aligned,
+              threadIdx.x, blockDim.x,
+              [&](int i) { return i < columns ? address(c0 + i) : nullptr; });
   };
 
   Dropout dropout = {};

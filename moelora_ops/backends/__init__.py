@@ -39,6 +39,7 @@ _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # In order of preference per device.
 BACKENDS = (
     Backend("cpu", "cpu", _FLOATS | {torch.float64}, extension.why_missing),
+    Backend("cuda", "cuda", _FLOATS | {torch.float64}, extension.why_cuda_missing),
     Backend("triton", "cuda", _FLOATS, triton.why_missing),
     Backend("reference", None, _FLOATS | {torch.float64}, lambda: ""),
 )

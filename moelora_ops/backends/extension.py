@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from .. import ops  # noqa: F401  the schemas must exist before the kernels register
+from .. import ops  # the schemas must exist before the kernels register
 
 _error = ""
 
@@ -22,6 +22,30 @@ except ImportError as error:
 def why_missing() -> str:
     """Why the compiled kernels cannot run, or "" if they can."""
     return _error
+
+
+def _without_cuda_kernels() -> list[str]:
+    name = ops.NAMESPACES["cuda"]
+    return [
+        operator
+        for operator in vars(ops.of("cuda"))
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{name}::{operator}", "CUDA")
+    ]
+
+
+_without = [] if _error else _without_cuda_kernels()
+_cuda_error = _error
+if _without:
+    _cuda_error = (
+        "the compiled extension has no CUDA kernels (install where there is nvcc)"
+        if len(_without) == len(vars(ops.of("cuda")))
+        else f"the compiled extension has no CUDA kernels for {', '.join(_without)}"
+    )
+
+
+def why_cuda_missing() -> str:
+    """Why the compiled CUDA kernels cannot run, or "" if they can."""
+    return _cuda_error
 
 
 def isa_level() -> str:
