@@ -24,6 +24,8 @@ _MODULES = {
     "outer": "products",
     "topk_forward": "topk",
     "topk_backward": "topk",
+    "grid_forward": "grid",
+    "grid_backward": "grid",
 }
 
 _OLDEST = (3, 6)
