@@ -18,8 +18,9 @@ from .configs import (
 )
 from .intuition import intuition
 from .models import adapter_parameters, apply, fuse
-from .nn.mole import sequence_mask, set_expert_mask
-from .nn.tasks import prompt_mask, task_ids
+from .nn.mole_gate import sequence_mask, set_expert_mask
+from .nn.routed_tasks import prompt_mask
+from .nn.tasks import task_ids
 from .pemt import pemt_source, source_weights, task_sparsity_loss
 
 __all__ = [

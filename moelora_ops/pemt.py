@@ -11,7 +11,7 @@ from .adapters import read_adapter
 from .companions import COMPANIONS, companion_name, companions_of
 from .configs import PEMTSource
 from .models import METHODS, adapted_layers
-from .nn.pemt import source_expert
+from .nn.pemt_source import source_expert
 from .reference import Agreement, task_sparsity
 
 _PROMPT = companion_name("prompt")

@@ -21,7 +21,7 @@ from moelora_ops.bench.gated import GATED, GatedCase
 from moelora_ops.bench.numerics import check_numerics
 from moelora_ops.bench.pemt import PEMT, PEMTCase
 from moelora_ops.nn import PEMTAdapter, PEMTLinear, PEMTSourceLinear
-from moelora_ops.nn.pemt import expert_cosines, triangular_factors
+from moelora_ops.nn.cosines import expert_cosines, triangular_factors
 
 BACKENDS = [name for name, _ in backends.available()]
 BATCH, LENGTH, P, K, N = 3, 6, 2, 10, 8
@@ -532,7 +532,7 @@ def test_benchmark_competes_on_the_same_function(method, case, direction):
     """Every variant keeps to its error budget, or this raises."""
     ready = runner.prepare(method, case, direction, runner.Settings(compile=False))
     peft = ["peft-xlora"] if method is GATED and importlib.util.find_spec("peft") else []
-    assert list(ready.layers) == ["base", "stacked", "expert-loop", *peft, "ours"]
+    assert list(ready.layers) == ["base", "touch", "stacked", "expert-loop", *peft, "ours"]
     assert not ready.coarse
     assert all(("dx" in errors) == (direction == "train") for errors in ready.errors.values())
     assert runner.saved_bytes(ready.layers["ours"], ready.x) <= method.memory_target(case)

@@ -13,7 +13,9 @@ from ..companions import Companion, companion_name
 from ..depth import numbered_layer
 from ..integrations.peft import is_lora, read_loras
 from ..nn import LoRA, SharedGate, stack_loras
-from ..nn.mole import check_arguments, empty_loras
+from ..nn.checks import check_count
+from ..nn.mole import empty_loras
+from ..nn.mole_gate import check_arguments
 from .base import ALL_LINEAR, AdapterConfig, is_linear
 
 GATES = ("matrix", "layer", "block", "network")
@@ -142,8 +144,7 @@ class MoLEConfig(AdapterConfig):
     def check_layer(cls, name: str, arguments: dict[str, Any]) -> None:
         """See :meth:`AdapterConfig.check_layer`."""
         rank, scales = arguments["rank"], arguments["scales"]
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"rank: wanted an int of at least 1, got {rank!r}")
+        check_count("rank", rank)
         if not isinstance(scales, list) or not scales:
             raise ValueError(f"scales: wanted a list of at least one number, got {scales!r}")
         for scale in scales:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..companions import Companion
 from ..depth import NumberedLayer
 from ..intuition import IntuitionEncoder, check_centroids
+from ..nn.checks import check_bool
 from ..nn.mor1e import check_arguments, count_experts
 from .base import AdapterConfig
 
@@ -44,8 +45,7 @@ class MoR1EConfig(AdapterConfig):
     def __post_init__(self):
         super().__post_init__()
         check_arguments(self.rank_down, self.rank_up, self.token_scale, self.task_scale, self.mode)
-        if not isinstance(self.learned_map, bool):
-            raise TypeError(f"learned_map: wanted a bool, got {self.learned_map!r}")
+        check_bool("learned_map", self.learned_map)
         if self.centroids is None:
             if self.learned_map:
                 raise ValueError("learned_map: wanted False, as there are no centroids to map")

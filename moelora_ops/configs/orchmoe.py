@@ -8,8 +8,10 @@ from torch import nn
 
 from ..companions import Companion
 from ..depth import NumberedLayer, numbered_layer
+from ..nn import TaskIds, TaskRouters
+from ..nn.checks import check_bool, check_count
 from ..nn.orchmoe import check_arguments
-from ..nn.tasks import TaskIds, TaskRouters, check_attention, check_bool, check_count
+from ..nn.routed_tasks import check_attention
 from .base import AdapterConfig, is_linear
 
 SHARE = ("layer", "model")

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..companions import Companion, companion_name
 from ..depth import NumberedLayer
-from ..nn.pemt import check_arguments, check_source_arguments, empty_experts
+from ..nn.checks import check_bool, check_count
+from ..nn.pemt import check_arguments, empty_experts
+from ..nn.pemt_source import check_source_arguments
 from ..prompts import SourcePrompt, TargetPrompt, TrainedNorms, norm_weights, t5_stacks
 from ..reference import Expert
 from .base import AdapterConfig
@@ -127,17 +129,10 @@ class PEMTConfig(AdapterConfig):
                 )
         object.__setattr__(self, "sources", tuple(sources))
         object.__setattr__(self, "prompt", _checked_prompt(self.prompt))
-        if self.reduction is not None and (
-            isinstance(self.reduction, bool)
-            or not isinstance(self.reduction, int)
-            or self.reduction < 1
-        ):
-            raise ValueError(
-                f"reduction: wanted an int of at least 1 or None, got {self.reduction!r}"
-            )
-        for name in ("train_norms", "sparsity"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: wanted a bool, got {getattr(self, name)!r}")
+        if self.reduction is not None:
+            check_count("reduction", self.reduction)
+        check_bool("train_norms", self.train_norms)
+        check_bool("sparsity", self.sparsity)
         TargetPrompt(1, 1, dropout=self.dropout)  # checks it
 
     def layers(self, model: nn.Module) -> dict[str, dict[str, Any]]:

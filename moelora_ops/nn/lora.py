@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from .base import AdapterLinear
+from .checks import check_bool, check_count
 
 
 class LoRALinear(AdapterLinear):
@@ -45,12 +46,10 @@ class LoRALinear(AdapterLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank: wanted an int of at least 1, got {rank!r}")
+        check_count("rank", rank)
         functional.check_finite("alpha", alpha)
         functional.check_dropout(dropout, "token")
-        if not isinstance(rslora, bool):
-            raise TypeError(f"rslora: wanted a bool, got {rslora!r}")
+        check_bool("rslora", rslora)
         super().__init__(base, device, dtype)
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.lora_A = self._new_parameter(rank, self.in_features)

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from .. import balance, reference
 from ..reference import Gating
+from .checks import check_choice, check_count
 from .loras import stack_loras
-from .mole import NORMALIZATIONS
+from .mole_gate import NORMALIZATIONS
 
 EXPERTS = ("delta", "merged")
 
@@ -67,15 +68,10 @@ class MoLEBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value in (("features", features), ("length", length)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: wanted an int of at least 1, got {value!r}")
-        for name, value, known in (
-            ("normalization", normalization, NORMALIZATIONS),
-            ("experts", experts, EXPERTS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: wanted one of {known}, got {value!r}")
+        check_count("features", features)
+        check_count("length", length)
+        check_choice("normalization", normalization, NORMALIZATIONS)
+        check_choice("experts", experts, EXPERTS)
         if not adapters or not any(adapters):
             raise ValueError("adapters: wanted at least one with a LoRA")
         like = next(block.parameters())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import functional, reference
 from ..intuition import scores_now
 from .base import AdapterLinear
+from .checks import check_choice, check_count
 
 
 class MoR1ELinear(AdapterLinear):
@@ -119,13 +120,11 @@ def count_experts(rank_down: int, rank_up: int, mode: str) -> int:
 
 def check_arguments(rank_down, rank_up, token_scale, task_scale, mode) -> None:
     """The constructor's contract; a whole model's configuration is checked by it as well."""
-    for name, value in (("rank_down", rank_down), ("rank_up", rank_up)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: wanted an int of at least 1, got {value!r}")
+    check_count("rank_down", rank_down)
+    check_count("rank_up", rank_up)
     functional.check_finite("token_scale", token_scale)
     functional.check_finite("task_scale", task_scale)
-    if mode not in reference.MOR1E_MODES:
-        raise ValueError(f"mode: wanted one of {reference.MOR1E_MODES}, got {mode!r}")
+    check_choice("mode", mode, reference.MOR1E_MODES)
     if mode == "rank1" and rank_up != rank_down:
         raise ValueError(
             f"rank_up: wanted {rank_down} like rank_down, as mode is 'rank1', got {rank_up}"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from .base import AdapterLinear
-from .tasks import check_count, check_ids
+from .checks import check_choice, check_count
+from .tasks import check_ids
 
 COMBINE = ("sum", "average")
 PRIVATE = (None, "matrix", "simple")
@@ -288,10 +289,8 @@ def check_arguments(num_skills, num_tasks, rank, alpha, combine, splits, private
     ):  # fmt: skip
         check_count(name, value)
     functional.check_finite("alpha", alpha)
-    if combine not in COMBINE:
-        raise ValueError(f"combine: wanted one of {COMBINE}, got {combine!r}")
-    if private not in PRIVATE:
-        raise ValueError(f"private: wanted one of {PRIVATE}, got {private!r}")
+    check_choice("combine", combine, COMBINE)
+    check_choice("private", private, PRIVATE)
 
 
 def _times(tasks: Tensor, table: Tensor) -> Tensor:

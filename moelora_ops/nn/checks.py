@@ -1,0 +1,22 @@
+"""Checks of arguments that the layers share; their messages name the argument."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def check_count(name: str, value: Any) -> None:
+    """An int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: wanted an int of at least 1, got {value!r}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """True or False, and nothing that counts as either."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: wanted a bool, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """One of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: wanted one of {tuple(choices)}, got {value!r}")
