@@ -24,6 +24,8 @@ _MODULES = {
     "outer": "products",
     "topk_forward": "topk",
     "topk_backward": "topk",
+    "gated_forward": "gated",
+    "gated_backward": "gated",
     "grid_forward": "grid",
     "grid_backward": "grid",
 }

@@ -83,6 +83,29 @@ def check_like(t: Tensor, x: Tensor, shape: tuple[int, ...], name: str) -> None:
         raise RuntimeError(f"{name}: wanted a contiguous tensor")
 
 
+def experts(x: Tensor, lora_down: Tensor, lora_up: Tensor) -> Rows:
+    """x ``[..., K]`` as rows, if lora_down ``[E, r, K]`` and lora_up ``[E, r, N]`` are its experts.
+
+    Raises:
+        RuntimeError: they are not; the message names what does not fit.
+    """
+    check_dtype(x)
+    rows = rows_of(x, "x")
+    if lora_down.dim() != 3 or lora_up.dim() != 3:
+        raise RuntimeError("lora_down, lora_up: wanted 3 dimensions")
+    E, r, K = lora_down.shape
+    if rows.columns != K:
+        raise RuntimeError(f"x: wanted last dimension {K}, got {rows.columns}")
+    check_like(lora_down, x, (E, r, K), "lora_down")
+    check_like(lora_up, x, (E, r, lora_up.shape[2]), "lora_up")
+    return rows
+
+
+def gradient(t: Tensor | None, like: Tensor) -> Tensor:
+    """`t` in the shape of the parameter `like`; without elements if it is None, not wanted."""
+    return like.new_empty((0,)) if t is None else t.view(like.shape)
+
+
 def pitch(columns: int) -> int:
     """Elements from a row to the next in a workspace: whole 16-byte loads."""
     return 8 * cdiv(columns, 8)
@@ -147,26 +170,33 @@ class RowMap(NamedTuple):
 
     @property
     def shared(self) -> bool:
-        """Whether tokens may read the same row."""
-        return self.index is not None or self.tokens_per_row > 1
+        """Whether the rows are others than the tokens."""
+        return self.index is not None or self.tokens_per_row != 1
 
 
-def row_map(index: Tensor | None, rows: int, tokens: int, name: str) -> RowMap:
-    """How `tokens` read the `rows` of the table `name`.
+def table(t: Tensor, index: Tensor | None, tokens: int, columns: int, name: str) -> RowMap:
+    """How `tokens` read the table `t`, float32 ``[rows, columns]``.
 
     Values of `index` are not looked at, which would wait for the GPU; kernels read NaN for a row
     that does not exist.
 
     Raises:
-        RuntimeError: without an index, the tokens do not spread evenly; or it is no index of them.
+        RuntimeError: it is no such table; without an index, the tokens do not spread evenly over
+            its rows; or it is no index of them.
     """
+    rows = t.shape[0]
+    if t.dtype != torch.float32 or t.shape != (rows, columns) or not t.is_contiguous():
+        raise RuntimeError(
+            f"{name}: wanted a contiguous float32 table of {columns} columns, got"
+            f" {list(t.shape)} in {t.dtype}"
+        )
     if index is None:
         if tokens and (not rows or tokens % rows):
             raise RuntimeError(
                 f"{name}: wanted a number of rows that divides {tokens} tokens, or a row_map,"
                 f" got {rows}"
             )
-        return RowMap(rows, None, tokens // rows if tokens else 1)
+        return RowMap(rows, None, tokens // rows if tokens else 0)
     if index.dtype != torch.int32 or index.numel() != tokens or not index.is_contiguous():
         raise RuntimeError(
             f"row_map: wanted a contiguous int32 for each of {tokens} tokens, got"

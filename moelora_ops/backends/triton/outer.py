@@ -260,26 +260,29 @@ class Sums(NamedTuple):
 
 
 def run(
-    first: Side | None, second: Side | None = None, sums: Sequence[Sums] = ()
+    first: Side | None, second: Side | None = None, sums: Sequence[Sums | None] = ()
 ) -> list[Tensor | None]:
     """``left.T @ wide`` of each block of each side, and sums, in two launches (one, if few tokens).
 
     Args:
-        first: has no mask; or None.
-        second: or None.
+        first: has no mask; or None, as everything here.
 
     Returns:
         ``[R, N]`` and ``[E, N]`` (None without a left_b) of the first side, in the dtype of its
         wide; those of the second (None without one); ``[rows, columns]`` of each of sums.
     """
     sides = [side for side in (first, second) if side is not None]
-    some = sides[0].wide if sides else sums[0].values
-    T = some.count
+    wanted_sums = [s for s in sums if s is not None]
     results = []
     for side in (first, second):
         rows = (0, 0) if side is None else side.rows
         results += [side.wide.data.new_empty((n, side.wide.columns)) if n else None for n in rows]
-    results += [some.data.new_empty(s.shape, dtype=s.dtype) for s in sums]
+    for s in sums:
+        results.append(None if s is None else s.values.data.new_empty(s.shape, dtype=s.dtype))
+    if not sides and not wanted_sums:
+        return results
+    some = sides[0].wide if sides else wanted_sums[0].values
+    T = some.count
     wanted = [out for out in results if out is not None]
     if not T:
         return [None if out is None else out.zero_() for out in results]
@@ -295,16 +298,16 @@ def run(
         part_size = starts[-1]
         parts = some.data.new_empty((tile.splits, part_size), dtype=torch.float32)
         each = iter(starts)
-        outs = [None if out is None else parts[0, next(each) :] for out in results]
+        outs = [None if out is None else parts.view(-1)[next(each) :] for out in results]
 
     blocks_0, arguments_0, constants_0 = first.launch(tile.BA, tile.BN) if first else _NO_SIDE
     blocks_1, arguments_1, constants_1 = second.launch(tile.BA, tile.BN) if second else _NO_SIDE
     masks = second.masks if second else launch.NO_MASKS
     blocks = blocks_0 + blocks_1
-    blocks += sum(s.shape[0] * tiles.cdiv(s.shape[1], SUM_COLUMNS) for s in sums)
+    blocks += sum(s.shape[0] * tiles.cdiv(s.shape[1], SUM_COLUMNS) for s in wanted_sums)
     outer_parts[(blocks, tile.splits)](
         *outs[:4], *arguments_0, *arguments_1,
-        tuple(s.arguments(out) for s, out in zip(sums, outs[4:], strict=True)), masks.seed,
+        tuple(s.arguments(out) for s, out in zip(sums, outs[4:], strict=True) if s), masks.seed,
         masks.threshold, T, tile.span, part_size, blocks_0, blocks_1, *constants_0, *constants_1,
         BT=tile.BT, BN=tile.BN, BN_SUM=SUM_COLUMNS, PRECISION=launch.precision(some.data.dtype),
         **launch.options(tile.warps, tile.stages),
