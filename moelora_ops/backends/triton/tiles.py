@@ -33,6 +33,8 @@ MOST_SEGMENTS = 8
 # ...where the first and the last four are summed left to right before both sums are added.
 HALF = 4
 _LEAST_SEGMENT = 128
+# A launch of this many blocks for each multiprocessor keeps a GPU busy.
+_FULL = 0.8
 # Columns of one accumulator.
 MOST_COLUMNS = 128
 # The least that tl.dot takes.
@@ -99,18 +101,20 @@ def shrink(
         most_columns: of the first product in one block.
         products: how many such products run at once.
     """
-    BA = rows_of_product(columns_a, most_columns)
-    columns = cdiv(columns_a, BA)
-    BB = max(power_of_2(cdiv(columns_b, columns)), LEAST_COLUMNS)
     length = segment(features)
     segments = max(cdiv(features, length), 1)
     halves = cdiv(segments, HALF)
     spans = {segments: length, halves: HALF * length, 1: MOST_SEGMENTS * length}
-    # Blocks of 128 tokens read the experts' rows half as often; fewer parts are less to write and
-    # to add.  Whatever fills the GPU first.
-    for BT, parts in ((128, 1), (128, halves), (64, halves), (64, segments)):
-        if cdiv(tokens, BT) * parts * columns * products >= 0.9 * arch.multiprocessors:
+    widest = rows_of_product(columns_a, most_columns)
+    # Blocks of 128 tokens read the experts' rows half as often, fewer parts are less to write and
+    # to add, narrow columns read x again: the first that fills most of the GPU.
+    choices = [(128, 1, widest), (128, halves, widest), (64, halves, widest)]
+    choices += [(64, segments, widest >> n) for n in range((widest // LEAST_COLUMNS).bit_length())]
+    for BT, parts, BA in choices:
+        columns = cdiv(columns_a, BA)
+        if cdiv(tokens, BT) * parts * columns * products >= _FULL * arch.multiprocessors:
             break
+    BB = rows_of_product(cdiv(columns_b, columns), MOST_COLUMNS)
     return Shrink(
         parts, spans[parts], columns, BT, SHRINK_STEP[itemsize], BA, BB, BT // 16,
         3 if itemsize == 4 else 4,
@@ -126,8 +130,9 @@ def fused_shrink(
         columns_a, columns_b: as the mix sees them, padding included.
     """
     tile = shrink(tokens, features, columns_a, columns_b, itemsize, arch)
-    fits = tile.parts == tile.columns == 1 and columns_b <= 64
-    return tile if fits else None
+    # Blocks that share neither a token's features nor its columns.
+    whole = tile.parts == tile.columns == 1
+    return tile if whole and columns_b <= 64 else None
 
 
 class Mix(NamedTuple):
