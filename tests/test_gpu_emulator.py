@@ -821,6 +821,7 @@ def test_traffic():
         loads, stores = counts.traffic["p0"].loads, counts.traffic["p1"].stores
         assert (loads.bytes, loads.instructions) == (2 * 64 * 4, 4)
         assert loads.sectors == 4 * sectors
+        assert loads.fetched == 2 * (64 if stride else 1) * 4 and stores.fetched == 40
         assert loads.distinct_sectors == (2 * sectors if stride else 1)
         assert (stores.bytes, stores.sectors, stores.instructions) == (40, 2, 1)
         assert counts.loads == loads and counts.stores == stores

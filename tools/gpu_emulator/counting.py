@@ -21,6 +21,8 @@ class Flow:
     distinct_sectors: int = 0
     # Of warps.
     instructions: int = 0
+    # Of `bytes`, what threads of a block asked for at one instruction after another one of them.
+    repeated: int = 0
 
     def __add__(self, other: "Flow") -> "Flow":
         return Flow(
@@ -28,7 +30,13 @@ class Flow:
             self.sectors + other.sectors,
             self.distinct_sectors + other.distinct_sectors,
             self.instructions + other.instructions,
+            self.repeated + other.repeated,
         )
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that a multiprocessor asks L2 for if its own cache serves what is repeated."""
+        return self.bytes - self.repeated
 
     @property
     def sector_bytes(self) -> int:
@@ -52,12 +60,13 @@ class FlowCounter:
 
     def __init__(self, address: int, size: int):
         self.flow = Flow()
+        self._address, self._size = address, size
         self._first = address // SECTOR
         self._seen = np.zeros((address + size - 1) // SECTOR - self._first + 1, np.bool_)
 
-    def add(self, warps: np.ndarray, addresses: np.ndarray, size: int) -> None:
+    def add(self, warps: np.ndarray, addresses: np.ndarray, size: int, block: int) -> None:
         """Accesses of `size` bytes, aligned to `size`, by these warps (ascending), int64
-        [accesses].
+        [accesses]; `block` is how many warps a block has.
         """
         flow = self.flow
         flow.bytes += size * len(addresses)
@@ -66,18 +75,22 @@ class FlowCounter:
         per_access = max(size // SECTOR, 1)
         if per_access > 1:
             self._seen[sectors + 1] = True
-        # One number per (warp, sector); distinct ones are counted after sorting unless they ascend
-        # already.
-        keys = warps * (len(self._seen) + 1) + sectors
-        steps = np.diff(keys)
-        if len(steps) and steps.min() < 0:
-            steps = np.diff(np.sort(keys))
-        flow.sectors += (int(np.count_nonzero(steps)) + 1) * per_access
+        per_warp = _count_distinct(warps * (len(self._seen) + 1) + sectors)
+        per_block = _count_distinct(warps // block * self._size + addresses - self._address)
+        flow.sectors += per_warp * per_access
+        flow.repeated += size * (len(addresses) - per_block)
         flow.instructions += int(np.count_nonzero(np.diff(warps))) + 1
 
     def result(self) -> Flow:
         self.flow.distinct_sectors = int(np.count_nonzero(self._seen))
         return self.flow
+
+
+def _count_distinct(keys: np.ndarray) -> int:
+    steps = np.diff(keys)
+    if len(steps) and steps.min() < 0:
+        steps = np.diff(np.sort(keys))
+    return int(np.count_nonzero(steps)) + 1
 
 
 @dataclass

@@ -33,6 +33,7 @@ class Wave:
             len(blocks) * padded,
             len(blocks) * padded // 32,
         )
+        self.warps_per_block = padded // 32
         self.lanes = np.arange(self.count)
         self.slot = self.lanes // padded  # the block's place in the wave
         self.block = blocks[self.slot]
@@ -102,7 +103,7 @@ class Wave:
         return {
             "laneid": lane,
             "warpid": self.thread // 32,
-            "nwarpid": np.full(self.count, self.warps // self.blocks),
+            "nwarpid": np.full(self.count, self.warps_per_block),
             "WARP_SZ": np.full(self.count, 32),
             "lanemask_eq": 1 << lane,
             "lanemask_lt": (1 << lane) - 1,

@@ -97,7 +97,7 @@ class GlobalMemory:
         values = np.empty(len(lanes), UNITS[size])
         for buffer, part in found:
             index = (addresses[part] - buffer.base) // size
-            buffer.loads.add(wave.warp[lanes[part]], addresses[part], size)
+            buffer.loads.add(wave.warp[lanes[part]], addresses[part], size, wave.warps_per_block)
             if self.check_blocks:
                 buffer.reads.append(
                     (wave.at, wave.block[lanes[part]], index.astype(np.int32), size)
@@ -108,7 +108,7 @@ class GlobalMemory:
     def write(self, wave, lanes, addresses, size, values) -> None:
         for buffer, part in self._locate(wave, lanes, addresses, size):
             index = (addresses[part] - buffer.base) // size
-            buffer.stores.add(wave.warp[lanes[part]], addresses[part], size)
+            buffer.stores.add(wave.warp[lanes[part]], addresses[part], size, wave.warps_per_block)
             units = buffer.units.of(size)
             if self.check_blocks:
                 self._note_writers(wave, lanes[part], buffer, index, size, values[part])
@@ -125,8 +125,8 @@ class GlobalMemory:
         """A view of one unit, for an atomic operation by one lane."""
         lanes, addresses = np.array([lane]), np.array([address])
         ((buffer, _),) = self._locate(wave, lanes, addresses, size)
-        buffer.loads.add(wave.warp[lanes], addresses, size)
-        buffer.stores.add(wave.warp[lanes], addresses, size)
+        buffer.loads.add(wave.warp[lanes], addresses, size, wave.warps_per_block)
+        buffer.stores.add(wave.warp[lanes], addresses, size, wave.warps_per_block)
         index = (address - buffer.base) // size
         return buffer.units.of(size)[index : index + 1]
 
