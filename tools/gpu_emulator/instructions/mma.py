@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import Unsupported
 from ..numbers import TF32_MASK, f8_to_f32, widen16
-from ..program import F32, FLOAT8, U32, Decoder, decodes
+from ..program import F32, FLOAT8, S32, U32, Decoder, decodes
 
 # Elements of a 32-bit register, by format.
 PER_REGISTER = {"bf16": 2, "f16": 2, "tf32": 1, "s8": 4, "u8": 4, "e4m3": 4, "e5m2": 4}
@@ -24,7 +24,10 @@ def fragment(wave, slots: list[int]) -> np.ndarray:
 
 
 def decode_elements(bits: np.ndarray, kind: str) -> np.ndarray:
-    """uint32 [..., n] to float32 (int32 for integers) [..., n, elements per register]."""
+    """uint32 [..., n] to float32 [..., n, elements per register].
+
+    Of integers too: sums of 32 products of 8-bit integers are exact in float32.
+    """
     if kind == "tf32":
         return (bits & TF32_MASK).view(np.float32)[..., None]
     per = PER_REGISTER[kind]
@@ -33,7 +36,7 @@ def decode_elements(bits: np.ndarray, kind: str) -> np.ndarray:
         return widen16(parts, kind)
     if kind in FLOAT8:
         return f8_to_f32(parts, kind)
-    return parts.view(np.int8 if kind == "s8" else np.uint8).astype(np.int32)
+    return parts.view(np.int8 if kind == "s8" else np.uint8).astype(np.float32)
 
 
 @decodes("ldmatrix")
@@ -109,7 +112,8 @@ def _(d: Decoder):
         raise Unsupported(d.instruction.name)
     if result != ("s32" if a_kind in ("s8", "u8") else "f32"):
         raise Unsupported(d.instruction.name)
-    dtype = np.dtype(np.int32) if result == "s32" else F32
+    dtype = S32 if result == "s32" else F32
+    saturate = result == "s32" and d.take("satfinite") is not None
     outs = [d.write(o, dtype) for o in d.elements(d.operands[0])]
     a, b = ([d.read(o, U32) for o in d.elements(x)] for x in d.operands[1:3])
     c = [d.read(o, dtype) for o in d.elements(d.operands[3])]
@@ -123,9 +127,14 @@ def _(d: Decoder):
         # [warps, row half, g, q, pair] to [row half, pair, warps, g, q]: the order of the
         # registers.
         tiles = product.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
+        tiles = tiles.astype(dtype, copy=False)
         values = wave.values
         for i, out in enumerate(outs):
-            np.copyto(values[out], tiles[i] + values[c[i]], where=mask)
+            total = tiles[i] + values[c[i]]
+            if saturate:
+                exact = tiles[i].astype(np.int64) + values[c[i]]
+                total = np.clip(exact, -(2**31), 2**31 - 1).astype(S32)
+            np.copyto(values[out], total, where=mask)
         count = wave.warps if warps is None else len(warps)
         wave.launch.tensor_flops["mma"] += flops * count
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import Unsupported
-from ..program import BOOL, F32, U32, U64, Decoder, decodes
+from ..program import BOOL, F32, S32, U32, U64, Decoder, decodes
 from .mma import PER_REGISTER, decode_elements, fragment, matrix_a
 
 # By the descriptor's swizzle field: bytes of a row within an atom, and the mask of row bits that
@@ -93,9 +93,12 @@ def _multiply(d: Decoder):
     shape = d.take_match(r"m64n(\d+)k(\d+)")
     n, k = int(shape[1]), int(shape[2])
     result, a_kind, b_kind = d.types
-    if result != "f32" or PER_REGISTER[a_kind] != PER_REGISTER[b_kind] != k // 8:
+    per = PER_REGISTER[a_kind]
+    whole = a_kind in ("s8", "u8")
+    if PER_REGISTER[b_kind] != per or k != 8 * per or result != ("s32" if whole else "f32"):
         raise Unsupported(d.instruction.name)
-    outs = [d.write(o, F32) for o in d.elements(d.operands[0])]
+    dtype = S32 if whole else F32
+    outs = [d.write(o, dtype) for o in d.elements(d.operands[0])]
     if len(outs) != n // 2:
         raise Unsupported(f"{len(outs)} accumulators")
     in_registers = d.operands[1][0] == "{"
@@ -104,11 +107,10 @@ def _multiply(d: Decoder):
     b_descriptor = d.read(d.operands[2], U64)
     accumulate = d.read(d.operands[3], BOOL)
     flags = [int(o) for o in d.operands[4:]]
-    sign = np.float32(flags[0] * flags[1])
-    transposes = flags[2:]
-    if len(transposes) not in ((0, 1) if in_registers else (0, 2)) or (
-        any(transposes) and PER_REGISTER[a_kind] != 2
-    ):
+    signs, transposes = ([1, 1], flags) if whole else (flags[:2], flags[2:])
+    sign = dtype.type(signs[0] * signs[1])
+    # Only 16-bit operands can be transposed, and only those that are in shared memory.
+    if len(transposes) != ((1 if in_registers else 2) if per == 2 else 0):
         raise Unsupported(d.instruction.name)
     b_transposed = bool(transposes and transposes[-1])
     a_transposed = bool(len(transposes) == 2 and transposes[0])
@@ -145,7 +147,7 @@ def _multiply(d: Decoder):
         else:
             a = _matrix(wave, products.a, groups, a_kind, a_transposed, 64, k)
         b = _matrix(wave, products.b, groups, b_kind, b_transposed, n, k)
-        product = sign * (a @ b.transpose(0, 2, 1))
+        product = sign * (a @ b.transpose(0, 2, 1)).astype(dtype, copy=False)
         # [group, warp, row half, g, tile, q, pair] to [tile, row half, pair, group, warp, g, q]:
         # the registers' order
         tiles = product.reshape(-1, 4, 2, 8, n // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5)
@@ -158,7 +160,7 @@ def _multiply(d: Decoder):
             if adds.all():
                 values[out][where] += tile
             else:
-                values[out][where] = np.where(adds, values[out][where], np.float32(0)) + tile
+                values[out][where] = np.where(adds, values[out][where], dtype.type(0)) + tile
 
     return start
 
