@@ -28,6 +28,8 @@ _MODULES = {
     "gated_backward": "gated",
     "grid_forward": "grid",
     "grid_backward": "grid",
+    "output_gate_forward": "output_gate",
+    "output_gate_backward": "output_gate",
 }
 
 _OLDEST = (3, 6)

@@ -259,25 +259,22 @@ def grid_backward(
         _expand.run(dx_rows, dlogits, router, dhidden, lora_down, accumulate=accumulate)
 
     first = second = None
-    sums = []
-    shared = need_dintuition and (index.shared or index.rows != T)
-    if shared:
-        sums.append(_outer.Sums(launch.rows_of(dintuition, "dintuition"), index))
+    sums = [None, None, None]
+    if need_dintuition and index.shared:
+        sums[0] = _outer.Sums(launch.rows_of(dintuition, "dintuition"), index)
     if need_dparams:
         first, second = _outer.Side(dy_rows, mixed), _outer.Side(rows, dlogits, dhidden)
         all_tokens = launch.RowMap(1, None, T)
-        for column in dscalars.split(1, dim=1):
+        for i, column in enumerate(dscalars.split(1, dim=1)):
             values = launch.rows_of(column, "dscalars")
-            sums.append(_outer.Sums(values, all_tokens, x.dtype))
-    if not sums:
-        return *(x.new_empty((0,)) for _ in range(5)), dintuition
+            sums[1 + i] = _outer.Sums(values, all_tokens, x.dtype)
     dup, _, drouter, ddown, *totals = _outer.run(first, second, sums)
-    if shared:
-        dintuition = totals.pop(0)
-    if not need_dparams:
-        return *(x.new_empty((0,)) for _ in range(5)), dintuition
-    domega, dbeta = (t.view(s.shape) for t, s in zip(totals, (omega, beta), strict=True))
-    return ddown, dup, drouter, domega, dbeta, dintuition
+    parameters = (lora_down, lora_up, router, omega, beta)
+    gradients = (ddown, dup, drouter, *totals[1:])
+    return (
+        *(launch.gradient(t, p) for t, p in zip(gradients, parameters, strict=True)),
+        dintuition if totals[0] is None else totals[0],
+    )
 
 
 def _check(
@@ -306,10 +303,7 @@ def _check(
             raise RuntimeError(f"{called}: wanted one element in {x.dtype} like x")
     index = launch.RowMap(0, None, 1)
     if intuition is not None:
-        if intuition.dtype != torch.float32 or intuition.shape[1:] != (gates,):
-            raise RuntimeError(f"intuition: wanted [rows, {gates}] in float32")
-        launch.check_like(intuition, intuition, intuition.shape, "intuition")
-        index = launch.row_map(row_map, len(intuition), rows.count, "intuition")
+        index = launch.table(intuition, row_map, rows.count, gates, "intuition")
     return rows, launch.rows_like(out, x, (*x.shape[:-1], N), name), index
 
 

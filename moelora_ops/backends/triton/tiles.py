@@ -147,6 +147,32 @@ def mix(columns: int) -> Mix:
     return Mix(max(1, min(64, 4096 // columns)), 4 if columns <= 4096 else 8)
 
 
+class OutputGate(NamedTuple):
+    """How the mix of an output gate runs.
+
+    Attributes:
+        BT: tokens of a block.
+        EP: columns of its logits.
+        C: columns of hidden in one product.
+        S: columns of each expert that are mixed at once.
+        warps: of a block.
+    """
+
+    BT: int
+    EP: int
+    C: int
+    S: int
+    warps: int
+
+
+def output_gate(num_experts: int, rank: int) -> OutputGate:
+    """The tile of the mix, which depends on nothing else, and so does the order of its sums."""
+    E, width = power_of_2(num_experts), power_of_2(rank)
+    EP = max(E, LEAST_COLUMNS)
+    C = rows_of_product(E * width, 64)
+    return OutputGate(32 if EP <= 128 else 16, EP, C, min(width, max(128 // EP, 1)), 4)
+
+
 class Expand(NamedTuple):
     """How an expand runs.
 
