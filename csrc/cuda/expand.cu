@@ -108,17 +108,22 @@ __device__ __forceinline__ void write_tokens(const Expand& p, int64_t t0, int64_
   __syncwarp();
 }
 
-// Sums over blocks in order, a thread a column.
+// Sums over blocks, a thread a column.  Four sums at a time: four loads in flight, and less error
+// than one long sum.
 template <class A>
 __device__ void add_statistics(const Statistics& s) {
+  constexpr int kSums = 4;
   for (int e = threadIdx.x; e < s.E; e += blockDim.x) {
-    A sum = 0;
+    A sums[kSums] = {};
     int64_t count = 0;
-    for (int64_t b = 0; b < s.blocks; ++b) {
-      sum += static_cast<const A*>(s.prob_partials)[b * s.E + e];
-      count += s.count_partials[b * s.E + e];
-    }
-    static_cast<A*>(s.prob_sums)[e] = sum;
+    for (int64_t b0 = 0; b0 < s.blocks; b0 += kSums)
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        if (b0 + i >= s.blocks) continue;
+        sums[i] += static_cast<const A*>(s.prob_partials)[(b0 + i) * s.E + e];
+        count += s.count_partials[(b0 + i) * s.E + e];
+      }
+    static_cast<A*>(s.prob_sums)[e] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     s.counts[e] = count;
   }
 }

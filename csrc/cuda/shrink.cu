@@ -36,7 +36,8 @@ ShrinkPlan plan(const Shrink& p, int64_t row_bytes, Device device) {
                              " is more than a block's shared memory holds");
   plan.mix_tokens = static_cast<int>(
       plan.fused ? tokens
-                 : std::clamp<int64_t>(ceil_div<int64_t>(p.T, device.multiprocessors), 1, most));
+                 : std::clamp<int64_t>(ceil_div<int64_t>(p.T, device.multiprocessors),
+                                       std::min<int64_t>(kMixWarps, most), most));
   plan.mix_blocks = ceil_div<int64_t>(p.T, plan.mix_tokens);
   return plan;
 }

@@ -167,9 +167,11 @@ struct Fused {
   }
 };
 
+constexpr int kMixWarps = 4;
+
 // The mix in a kernel of its own, behind partial sums.
 template <class A, class Mix>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(32 * kMixWarps)
     mix_kernel(const A* partials, int parts, int64_t T, int columns, int tokens, const Mix mix) {
   extern __shared__ __align__(16) char shared[];
   A* tile = reinterpret_cast<A*>(shared);
@@ -205,8 +207,8 @@ void launch_shrink(const char* name, DType dtype, const Shrink& p, const Mix& mi
                     32 * plan.warps, std::max(tile_bytes, mix_bytes), stream, p, {mix});
     }
   launch_partials(dtype, p, plan, stream);
-  launch(name, mix_kernel<A, Mix>, dim3(static_cast<unsigned>(plan.mix_blocks)), 128, mix_bytes,
-         stream, static_cast<const A*>(p.partials), plan.parts, p.T, p.rows.count(),
+  launch(name, mix_kernel<A, Mix>, dim3(static_cast<unsigned>(plan.mix_blocks)), 32 * kMixWarps,
+         mix_bytes, stream, static_cast<const A*>(p.partials), plan.parts, p.T, p.rows.count(),
          plan.mix_tokens, mix);
 }
 
