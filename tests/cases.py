@@ -1,12 +1,15 @@
 """The shared case list: every implementation of an operator must agree on all of it."""
 
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moelora_ops import functional, reference
+from moelora_ops.bench import numerics
 from moelora_ops.bench.mola import near_ties
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -120,3 +123,35 @@ def run(
 def reference_run(inputs: Inputs, top_k: int, dtype: torch.dtype, **options) -> dict[str, Tensor]:
     """The literal reference on the same (already rounded) inputs, computed in `dtype`."""
     return run(reference.mola, inputs.to(dtype), top_k, **options)
+
+
+def assert_within_budget(
+    shape: Shape,
+    dtype: torch.dtype,
+    on: Callable[[], AbstractContextManager],
+    draws: int | None = None,
+    **options,
+) -> None:
+    """``functional.mola`` within `on()`: output, statistics, all gradients against the reference.
+
+    Errors are pooled over several draws: a tiny one may flatter the plain version by chance.
+    """
+    got, plain, want = [], [], []
+    for seed in range(draws or (8 if shape.T < 64 else 2)):
+        inputs = make_inputs(shape, dtype, seed)
+        with on():
+            got.append(run(functional.mola, inputs, shape.k, **options))
+        want.append(reference_run(inputs, shape.k, torch.float64, **options))
+        plain.append(reference_run(inputs, shape.k, dtype, **options))
+        counts = [runs[-1].pop("counts") for runs in (got, plain, want)]
+        assert torch.equal(counts[0], counts[2])
+        if shape.k == 1 and options.get("renormalize", True) and not options.get("balance"):
+            # The weight is the constant 1: the reference's zero is rounded, ours is exact.
+            assert not got[-1]["drouter"].any()
+            plain[-1]["drouter"].zero_()
+            want[-1]["drouter"].zero_()
+    pooled = [
+        {name: torch.stack([r[name] for r in runs]) for name in QUANTITIES}
+        for runs in (got, plain, want)
+    ]
+    numerics.check_numerics(str(shape), *pooled)

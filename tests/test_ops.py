@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 
+import cases
 import pytest
 import torch
-from cases import DTYPES, QUANTITIES, SHAPES, Shape, make_inputs, reference_run, run
+from cases import DTYPES, QUANTITIES, SHAPES, Shape, make_inputs, run
 
 from moelora_ops import backends, functional, ops, use_backend
 from moelora_ops.backends import extension
@@ -30,26 +31,7 @@ VARIANTS = {
 
 
 def assert_within_budget(shape, dtype, **options):
-    """Errors pooled over several draws: a tiny one may flatter the plain version by chance."""
-    got, plain, want = [], [], []
-    for seed in range(8 if shape.T < 64 else 2):
-        inputs = make_inputs(shape, dtype, seed)
-        with use_backend("cpu"):
-            got.append(run(functional.mola, inputs, shape.k, **options))
-        want.append(reference_run(inputs, shape.k, torch.float64, **options))
-        plain.append(reference_run(inputs, shape.k, dtype, **options))
-        counts = [runs[-1].pop("counts") for runs in (got, plain, want)]
-        assert torch.equal(counts[0], counts[2])
-        if shape.k == 1 and options.get("renormalize", True) and not options.get("balance"):
-            # The weight is the constant 1: the reference's zero is rounded, ours is exact.
-            assert not got[-1]["drouter"].any()
-            plain[-1]["drouter"].zero_()
-            want[-1]["drouter"].zero_()
-    pooled = [
-        {name: torch.stack([r[name] for r in runs]) for name in QUANTITIES}
-        for runs in (got, plain, want)
-    ]
-    numerics.check_numerics(f"cpu {shape}", *pooled)
+    cases.assert_within_budget(shape, dtype, lambda: use_backend("cpu"), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
