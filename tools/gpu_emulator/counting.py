@@ -65,19 +65,17 @@ class FlowCounter:
         self._seen = np.zeros((address + size - 1) // SECTOR - self._first + 1, np.bool_)
 
     def add(self, warps: np.ndarray, addresses: np.ndarray, size: int, block: int) -> None:
-        """Accesses of `size` bytes, aligned to `size`, by these warps (ascending), int64
-        [accesses]; `block` is how many warps a block has.
+        """Accesses of `size` bytes (16 at most), aligned to `size`, by these warps (ascending).
+
+        warps, addresses: int64 [accesses].  block: how many warps a block has.
         """
         flow = self.flow
         flow.bytes += size * len(addresses)
         sectors = addresses // SECTOR - self._first
         self._seen[sectors] = True
-        per_access = max(size // SECTOR, 1)
-        if per_access > 1:
-            self._seen[sectors + 1] = True
         per_warp = _count_distinct(warps * (len(self._seen) + 1) + sectors)
         per_block = _count_distinct(warps // block * self._size + addresses - self._address)
-        flow.sectors += per_warp * per_access
+        flow.sectors += per_warp
         flow.repeated += size * (len(addresses) - per_block)
         flow.instructions += int(np.count_nonzero(np.diff(warps))) + 1
 

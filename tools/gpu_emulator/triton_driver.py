@@ -84,6 +84,11 @@ class LaunchRecord:
     arguments: dict  # of the Python function, by name
     counts: Counts | None  # where launches are executed
     seconds: float  # that the emulation took
+    _launcher: "_Launcher" = field(repr=False)
+
+    def execute(self, grid: tuple[int, int, int], **changes) -> Counts:
+        """Runs the launch once more with another grid, say a block of it, and arguments changed."""
+        return self._launcher.execute(grid, self.arguments | changes, {})
 
 
 def _nvidia_resources(binary: str) -> Resources:
@@ -248,20 +253,20 @@ class _Launcher:
     ):
         driver = triton_driver.active
         grid, counts, start = (x, y, z), None, time.perf_counter()
-        if driver.execution is not None and x * y * z:
-            counts = self._execute(grid, arguments, driver.execution)
         named = dict(zip(self.source.signature, arguments, strict=True))
+        if driver.execution is not None and x * y * z:
+            counts = self.execute(grid, named, driver.execution)
         seconds = time.perf_counter() - start
         driver.launches.append(
-            LaunchRecord(self.build.name, grid, self.build, named, counts, seconds)
+            LaunchRecord(self.build.name, grid, self.build, named, counts, seconds, self)
         )
 
-    def _execute(self, grid, arguments, options) -> Counts:
+    def execute(self, grid, arguments: dict, options: dict) -> Counts:
         metadata = self.metadata
         kernel = load(self.build.assembly())[metadata.name]
         values, tensors = [], {}
-        for (name, kind), argument in zip(self.source.signature.items(), arguments, strict=True):
-            _flatten(name, kind, argument, values, tensors)
+        for name, kind in self.source.signature.items():
+            _flatten(name, kind, arguments[name], values, tensors)
         for name in ("global_scratch", "profile_scratch"):
             size = getattr(metadata, f"{name}_size")
             if size:

@@ -62,11 +62,14 @@ def _(d: Decoder):
 
 @decodes("membar", "fence")
 def _(d: Decoder):
+    proxy = d.take("proxy")
+    if d.take("gpu", "sys", "gl") and not proxy:
+        d.global_synchronisation = True
     # Memory is sequentially consistent here, and the proxies see the same; a missing fence is not
     # found.
     d.take_all(
-        "proxy", "async", "async::generic", "alias", "tensormap::generic", "mbarrier_init",
-        "acquire", "release", "acq_rel", "sc", "cta", "cluster", "gpu", "sys", "gl",
+        "async", "async::generic", "alias", "tensormap::generic", "mbarrier_init",
+        "acquire", "release", "acq_rel", "sc", "cta", "cluster",
         "global", "shared::cta", "shared::cluster", "async::global", "async::shared::cta",
         "sync_restrict::shared::cta",
     )  # fmt: skip

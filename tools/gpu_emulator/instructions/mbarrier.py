@@ -168,6 +168,8 @@ def _wait(d: Decoder):
                 barrier.land()
             answers[i] = barrier.phase != phase
         done = answers[inverse.reshape(-1)]
+        if done.any():
+            wave.polls = 0
         wave.values[out][lanes] = done
         wave.polling[lanes[~done]] = True
         return not done.all()

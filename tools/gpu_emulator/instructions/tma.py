@@ -375,8 +375,8 @@ def _(d: Decoder):
         return _publish(d)
     if d.take("replace") is None or d.take("tile") is None or d.take("b1024") is None:
         raise Unsupported(d.instruction.name)
-    at, size, count = _FIELDS[name] if (name := d.take(*_FIELDS)) else (0, 0, 0)
-    if not size or len(d.operands) != (3 if count > 1 else 2):
+    at, size, count = _FIELDS[d.take(*_FIELDS)]
+    if len(d.operands) != (3 if count > 1 else 2):
         raise Unsupported(d.instruction.name)
     if d.take("global"):
         raise Unsupported("tensormap.replace in global memory")
