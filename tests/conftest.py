@@ -3,7 +3,18 @@
 import pytest
 import torch
 
+import moelora_ops
+from moelora_ops.backends import extension
+
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", *([] if extension.why_missing() else ["cpu"])])
+def backend(request):
+    """The default back end of the test: it runs on each that computes on CPU tensors by itself."""
+    moelora_ops.set_default_backend(request.param)
+    yield request.param
+    moelora_ops.set_default_backend(None)

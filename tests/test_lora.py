@@ -8,17 +8,9 @@ from torch import nn
 
 import moelora_ops
 from moelora_ops import LoRAConfig, reference
-from moelora_ops.backends import extension
 from moelora_ops.nn import LoRALinear
 
-BACKENDS = ["reference", *([] if extension.why_missing() else ["cpu"])]
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request):
-    moelora_ops.set_default_backend(request.param)
-    yield request.param
-    moelora_ops.set_default_backend(None)
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def make_layer(cls=LoRALinear, dtype=torch.float64, **options):

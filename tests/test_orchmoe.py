@@ -15,19 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import moelora_ops
 from moelora_ops import OrchMoEConfig, PolytroponConfig, reference
-from moelora_ops.backends import extension
 from moelora_ops.models import adapter_parameters
 from moelora_ops.nn import OrchMoELinear, PolytroponLinear, TaskRouter, TaskRouters
 
-BACKENDS = ["reference", *([] if extension.why_missing() else ["cpu"])]
 K, N, SKILLS, TASKS, RANK = 12, 18, 3, 4, 2
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    moelora_ops.set_default_backend(request.param)
-    yield request.param
-    moelora_ops.set_default_backend(None)
 
 
 def randomize(module):

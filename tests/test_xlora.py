@@ -16,19 +16,11 @@ from peft.tuners.xlora.layer import XLoraLinearLayer
 from safetensors.torch import load_file
 
 import moelora_ops
-from moelora_ops.backends import extension
 from moelora_ops.integrations.xlora import FusedXLora, is_xlora
 
-BACKENDS = ["reference", *([] if extension.why_missing() else ["cpu"])]
+pytestmark = pytest.mark.usefixtures("backend")
 TARGETS = ["q_proj", "down_proj"]
 IDS = torch.randint(50, (2, 5), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request):
-    moelora_ops.set_default_backend(request.param)
-    yield request.param
-    moelora_ops.set_default_backend(None)
 
 
 def llama():

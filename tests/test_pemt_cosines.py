@@ -1,0 +1,95 @@
+"""The cosines of PEMT's task sparsity loss, in rank space, against materialised outputs."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moelora_ops.nn.cosines import expert_cosines, triangular_factors
+
+N = 8
+
+
+def cosine_inputs(n_out=N, rank=3, experts=2, tokens=5):
+    f = torch.randn(tokens, n_out, dtype=torch.float64)
+    hidden = torch.randn(tokens, experts, rank, dtype=torch.float64)
+    up = torch.randn(experts, rank, n_out, dtype=torch.float64)
+    return f, hidden, up, torch.tensor([0.5, -2.0], dtype=torch.float64)[:experts]
+
+
+@pytest.mark.parametrize("rank", [1, 3, N, 2 * N])
+def test_cosines_are_those_of_the_materialised_outputs(rank):
+    f, hidden, up, scales = cosine_inputs(rank=rank)
+    got = expert_cosines(f, hidden, up, triangular_factors(up), scales)
+    for t in range(5):
+        for e in range(2):
+            o = scales[e] * hidden[t, e] @ up[e]
+            want = (f[t] @ o) / (f[t].norm() * o.norm())
+            assert got[t, e].item() == pytest.approx(want.item(), rel=1e-11)
+
+
+def test_gradients_of_the_cosines_by_finite_differences():
+    f, hidden, up, scales = cosine_inputs()
+    factors = triangular_factors(up)
+    assert torch.autograd.gradcheck(
+        lambda f, h: expert_cosines(f, h, up, factors, scales),
+        (f.requires_grad_(), hidden.requires_grad_()),
+    )
+
+
+def test_gradients_of_the_cosines_are_the_closed_forms():
+    f, hidden, up, scales = cosine_inputs()
+    f.requires_grad_(), hidden.requires_grad_()
+    cosines = expert_cosines(f, hidden, up, triangular_factors(up), scales)
+    dcosines = torch.randn_like(cosines)
+    cosines.backward(dcosines)
+    v, h, b, dc = (t.detach().numpy() for t in (f, hidden, up, dcosines))
+    df, dh = np.zeros_like(v), np.zeros_like(h)
+    for t in range(5):
+        for e in range(2):
+            o = h[t, e] @ b[e]
+            norm, length = np.linalg.norm(o), np.linalg.norm(v[t])
+            c = np.sign(scales[e].item()) * (v[t] @ o) / (norm * length)
+            along = np.sign(scales[e].item()) / (norm * length)
+            df[t] += dc[t, e] * (along * o - c * v[t] / length**2)
+            dh[t, e] += dc[t, e] * (along * (b[e] @ v[t]) - c * (b[e] @ o) / norm**2)
+    np.testing.assert_allclose(f.grad.numpy(), df, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(hidden.grad.numpy(), dh, rtol=1e-10, atol=1e-12)
+
+
+def test_norms_do_not_square_the_condition_number():
+    """cond(B) = 1e4 in its worst direction, float32: a Gram matrix would be 9 % off."""
+    q, _ = torch.linalg.qr(torch.randn(64, 4, dtype=torch.float64))
+    mixer, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
+    b = q @ torch.diag(torch.tensor([1.0, 0.1, 0.01, 1e-4]).double()) @ mixer.T
+    hidden = mixer[:, 3]
+    f = torch.randn(64, dtype=torch.float64)
+    up = b.T[None]
+    want = F.cosine_similarity(f, b @ hidden, dim=0)
+    got = expert_cosines(
+        f[None].float(), hidden[None, None].float(), up.float(), triangular_factors(up.float()),
+        torch.ones(1),
+    )  # fmt: skip
+    # The rounding of B itself moves the direction by 1e-7 / 1e-4.
+    assert abs(got.item() - want.item()) < 5e-3
+
+
+def test_zero_outputs_have_cosine_zero_and_no_gradient():
+    f, hidden, up, scales = cosine_inputs()
+    with torch.no_grad():
+        hidden[0], f[1], scales[0] = 0, 0, 0
+    f.requires_grad_(), hidden.requires_grad_()
+    cosines = expert_cosines(f, hidden, up, triangular_factors(up), scales)
+    outputs = scales[:, None] * torch.einsum("ter,ern->ten", hidden, up)
+    want = F.cosine_similarity(f[:, None], outputs, dim=-1)
+    torch.testing.assert_close(cosines, want)
+    assert not cosines[0].any() and not cosines[1].any() and not cosines[:, 0].any()
+    cosines.sum().backward()
+    assert f.grad.isfinite().all() and hidden.grad.isfinite().all()
+
+
+def test_many_tokens_go_block_by_block():
+    f, hidden, up, scales = cosine_inputs(tokens=1100)
+    outputs = scales[:, None] * torch.einsum("ter,ern->ten", hidden, up)
+    want = F.cosine_similarity(f[:, None], outputs, dim=-1)
+    torch.testing.assert_close(expert_cosines(f, hidden, up, triangular_factors(up), scales), want)
