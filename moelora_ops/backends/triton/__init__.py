@@ -26,6 +26,8 @@ _MODULES = {
     "topk_backward": "topk",
     "gated_forward": "gated",
     "gated_backward": "gated",
+    "averaged_forward": "averaged",
+    "averaged_backward": "averaged",
     "grid_forward": "grid",
     "grid_backward": "grid",
     "output_gate_forward": "output_gate",

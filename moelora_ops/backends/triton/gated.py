@@ -286,13 +286,13 @@ def gated_forward(
     gates = None if up_bias is None else launch.workspace(x, T, E)
     results = (hidden, mixed.data, gates and gates.data)
     scalars = (mixed.stride, gates.stride if gates else 0)
-    constants, fused = _constants(E, r, activation), _fused(rows, lora_down)
+    fused = _fused(rows, lora_down)
     if fused:
         shrink_and_mix[(tiles.cdiv(T, fused.BT), fused.columns)](
             x, lora_down, down_bias, weights, table, *results, masks.seed, T, K, rows.stride,
             *scalars, masks.threshold, scale, kept, SEGMENT=tiles.segment(K), BT=fused.BT,
-            BK=fused.BK, WIDE=rows.wide, PRECISION=launch.precision(x.dtype), **constants,
-            **launch.options(fused.warps, fused.stages),
+            BK=fused.BK, WIDE=rows.wide, PRECISION=launch.precision(x.dtype),
+            **_constants(E, r, activation, fused.BA), **launch.options(fused.warps, fused.stages),
         )  # fmt: skip
     else:
         # Where the mix changes hidden, it must not read what it writes.
@@ -300,10 +300,10 @@ def gated_forward(
         sums, _, parts = _shrink.run(
             rows, lora_down, out_a=None if changes else hidden, masks=masks
         )
-        grid, tile = _tiles(T, constants)
+        grid, constants = _tiles(T, E, r, activation)
         mix[grid](
             sums, down_bias, weights, table, *results, T, *scalars, scale, kept, PARTS=parts,
-            SAVE=changes or parts > 1, BT=tile.BT, **constants, **launch.options(tile.warps, 1),
+            SAVE=changes or parts > 1, **constants,
         )  # fmt: skip
     _expand.run(out, mixed, lora_up, gates, up_bias, accumulate=accumulate, bias=bias)
     return hidden
@@ -364,9 +364,9 @@ def _mix_backward(
         gates and gates.data, dweights,
     )  # fmt: skip
     scalars = (launch.pitch(E * r), launch.pitch(E), scale, kept)
-    constants = _constants(E, r, activation)
     fused = _fused(dy, up, up_bias)
     if fused:
+        constants = _constants(E, r, activation, fused.BA)
         shrink_and_mix_backward[(tiles.cdiv(T, fused.BT), fused.columns)](
             dy.data, up, up_bias, *arguments, T, N, dy.stride, *scalars, SEGMENT=tiles.segment(N),
             BT=fused.BT, BK=fused.BK, BB=max(constants["EB"], tiles.LEAST_COLUMNS), WIDE=dy.wide,
@@ -375,11 +375,8 @@ def _mix_backward(
         )  # fmt: skip
     else:
         dmixed, dgates, parts = _shrink.run(dy, up, up_bias)
-        grid, tile = _tiles(T, constants)
-        mix_backward[grid](
-            dmixed, dgates, *arguments, T, *scalars, PARTS=parts, BT=tile.BT, **constants,
-            **launch.options(tile.warps, 1),
-        )  # fmt: skip
+        grid, constants = _tiles(T, E, r, activation)
+        mix_backward[grid](dmixed, dgates, *arguments, T, *scalars, PARTS=parts, **constants)
 
 
 def _check(
@@ -400,13 +397,6 @@ def _check(
     return rows, launch.rows_like(out, x, (*x.shape[:-1], N), name), table
 
 
-def _constants(E: int, r: int, activation: int) -> dict:
-    """What every kernel of the mix is compiled for."""
-    WIDTH = tiles.power_of_2(r)
-    EB = max(1, tiles.rows_of_product(E * WIDTH, tiles.MOST_COLUMNS) // WIDTH)
-    return {"E": E, "RANK": r, "EB": EB, "WIDTH": WIDTH, "ACTIVATION": activation}
-
-
 def _fused(x: launch.Rows, rows: Tensor, biases: Tensor | None = None) -> tiles.Shrink | None:
     """The tile of the shrink of x whose blocks end with the mix; None if that is one apart."""
     E, r, features = rows.shape
@@ -415,10 +405,20 @@ def _fused(x: launch.Rows, rows: Tensor, biases: Tensor | None = None) -> tiles.
         x.count, features, E * WIDTH, 0 if biases is None else E, rows.element_size(),
         launch.arch(),
     )  # fmt: skip
-    return tile if tile.parts == 1 and WIDTH <= tiles.MOST_COLUMNS else None
+    return tile if tile.parts == 1 and tile.BA >= WIDTH else None
 
 
-def _tiles(T: int, constants: dict) -> tuple[tuple[int, int], tiles.Mix]:
-    """Grid and tile of the mix as a kernel of its own."""
+def _constants(E: int, r: int, activation: int, columns: int) -> dict:
+    """What a kernel is compiled for whose blocks have so many columns, or an expert's if more."""
+    WIDTH = tiles.power_of_2(r)
+    EB = max(1, columns // WIDTH)
+    return {"E": E, "RANK": r, "EB": EB, "WIDTH": WIDTH, "ACTIVATION": activation}
+
+
+def _tiles(T: int, E: int, r: int, activation: int) -> tuple[tuple[int, int], dict]:
+    """Grid and constants of the mix as a kernel of its own."""
+    columns = tiles.rows_of_product(E * tiles.power_of_2(r), tiles.MOST_COLUMNS)
+    constants = _constants(E, r, activation, columns)
     tile = tiles.mix(constants["EB"] * constants["WIDTH"])
-    return (tiles.cdiv(T, tile.BT), tiles.cdiv(constants["E"], constants["EB"])), tile
+    grid = tiles.cdiv(T, tile.BT), tiles.cdiv(E, constants["EB"])
+    return grid, {"BT": tile.BT, **constants, **launch.options(tile.warps, 1)}

@@ -92,6 +92,7 @@ def shrink(
     arch: Arch,
     most_columns: int = MOST_COLUMNS,
     products: int = 1,
+    whole: bool = False,
 ) -> Shrink:
     """The tile of ``[tokens, features] x [features, columns]``.
 
@@ -100,9 +101,10 @@ def shrink(
         itemsize: bytes of an element.
         most_columns: of the first product in one block.
         products: how many such products run at once.
+        whole: one part has all features.
     """
     length = segment(features)
-    segments = max(cdiv(features, length), 1)
+    segments = 1 if whole else max(cdiv(features, length), 1)
     halves = cdiv(segments, HALF)
     spans = {segments: length, halves: HALF * length, 1: MOST_SEGMENTS * length}
     widest = rows_of_product(columns_a, most_columns)
