@@ -147,6 +147,18 @@ def test_two_threads_store_to_one_place():
         launch("st.global.u32 [%rd0], %r0;", zeros(1))
 
 
+def test_one_nan_is_like_another():
+    """Numpy has several where a GPU has one, so threads that store different ones are fine."""
+    y = zeros(4)
+    body = """
+        setp.eq.u32 %p1, %r0, 3;  mov.b32 %f1, 0f7F800000;
+        sub.f32 %f2, %f1, %f1;  selp.b32 %r1, %f2, {nan}, %p1;  st.global.u32 [%rd0], %r1;
+    """
+    launch(body.format(nan="0x7FC00000"), y)
+    with pytest.raises(Fault, match="store different values"):
+        launch(body.format(nan="0x7FC00001"), y)
+
+
 # ---- races
 
 # Each thread stores its number, another one's is read.

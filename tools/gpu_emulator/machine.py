@@ -137,16 +137,18 @@ def run(
 ) -> Counts:
     """Executes one launch and returns what it did.
 
-    arguments: one per parameter of the kernel: a CPU tensor (or anything with its `data_ptr`,
-    `shape`, `stride`,
-        `element_size` and `numel`), an int, a float, or the parameter's bytes.
+    arguments: one per parameter of the kernel: a CPU tensor (or what has its `data_ptr`, `shape`,
+        `stride`, `element_size` and `numel`), an int, a float, or the parameter's bytes.
     shared: bytes of dynamic shared memory.
-    buffers: tensors by name, for pointers that come as numbers, or to name what is among the
-    arguments. check_races: look for races between the warps of a block and between blocks. seed:
-    run blocks and warps in an order drawn from this seed, and not in lockstep.
+    buffers: tensors by name, for pointers that come as numbers, or to name those among the
+        arguments.
+    check_races: look for races between the warps of a block and between blocks, and for shared
+        memory that is read before it is written.
+    seed: run blocks and warps in an order drawn from this seed, and not in lockstep.
+    max_branches: of the blocks that run together; more mean that the kernel does not end.
 
-    Raises Fault for what the kernel does wrong and Unsupported for instructions that are not known
-    here.
+    Raises Fault for what the kernel does wrong, Unsupported for instructions that are not known
+    here, and TypeError for arguments that do not fit the kernel.
     """
     launch = Launch(kernel, grid, block, shared, check_races, seed, max_branches)
     for name, tensor in (buffers or {}).items():

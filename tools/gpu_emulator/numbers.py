@@ -35,10 +35,11 @@ def widen16(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def narrow16(x: np.ndarray, kind: str) -> np.ndarray:
-    """float32 to uint16 bits of "bf16" or "f16", to nearest even."""
+    """float32 to uint16 bits of "bf16" or "f16", to nearest even.  Every NaN becomes 0x7FFF."""
     if kind == "bf16":
         return f32_to_bf16(x)
-    return np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
+    x = np.asarray(x, np.float32)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(np.float16).view(np.uint16))
 
 
 def unpack16(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
