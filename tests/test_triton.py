@@ -1,52 +1,38 @@
 """The Triton back end: its kernels, compiled for a GPU, run by the emulator on CPU tensors.
 
 Every launch goes through the package's own launchers, so grids, strides and masks are tested as
-well as the instructions.
+well as the instructions.  Compiling takes longer than running: tests share shapes where they can,
+and a case runs on one architecture and in one dtype.
 """
 
-import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
+from cases import QUANTITIES, Shape, make_inputs, reference_run, run
+from triton_gpu import WHY_MISSING, gpu, names, needs_triton
 
-from moelora_ops import backends, ops
-from moelora_ops.backends import triton as triton_backend
+from moelora_ops import functional, ops, use_backend
+from moelora_ops.backends import extension
 from moelora_ops.bench import numerics
+from moelora_ops.reference import keep_mask
 
-pytestmark = pytest.mark.skipif(
-    bool(triton_backend.why_missing()), reason=triton_backend.why_missing()
-)
+if not WHY_MISSING:
+    from moelora_ops.backends.triton import tiles
 
-if not triton_backend.why_missing():
-    from moelora_ops.backends.triton import launch, tiles
-    from tools.gpu_emulator import emulated_gpu
+pytestmark = needs_triton
 
-ARCHS = (80, 90)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SEED = torch.tensor([0x1234567890ABCDE])
 triton_ops = ops.of("triton")
 
 
-@pytest.fixture(autouse=True)
-def on_cpu_tensors(monkeypatch):
-    """The table's row takes CPU tensors, for which the emulator stands in."""
-    table = tuple(
-        row._replace(device="cpu") if row.name == "triton" else row for row in backends.BACKENDS
-    )
-    monkeypatch.setattr(backends, "BACKENDS", table)
-    monkeypatch.setattr(backends, "_BY_NAME", {row.name: row for row in table})
-
-
-@contextlib.contextmanager
-def gpu(arch=90, multiprocessors=None):
-    """An emulated GPU, with few multiprocessors if tiles are to be chosen as for many tokens."""
-    with pytest.MonkeyPatch.context() as patch, emulated_gpu("cuda", arch, execute=True) as device:
-        if multiprocessors:
-            patch.setattr(launch, "arch", lambda: tiles.Arch("cuda", f"sm_{arch}", multiprocessors))
-        yield device
-
-
-def normal(*shape, dtype=torch.float32, seed=0):
+def normal(*shape, dtype=F32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ---------------------------------------------------------------- products
 
 
 def assert_in_budget(got, plain, want, dtype):
@@ -55,12 +41,19 @@ def assert_in_budget(got, plain, want, dtype):
 
 
 # T, K, R: one token, one feature, multiples of nothing, of 8, of 16, more than a tile of each.
-PRODUCTS = ((1, 600, 24), (70, 200, 13), (129, 33, 72), (3, 1, 1), (20, 144, 200))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "arch", "dtype"),
+    [
+        ((1, 600, 24), 80, BF16),
+        ((70, 200, 13), 90, BF16),
+        ((70, 200, 13), 80, F32),
+        ((129, 33, 72), 90, F32),
+        ((129, 33, 72), 80, F16),
+        ((3, 1, 1), 90, F16),
+        ((20, 144, 200), 90, BF16),
+    ],
+    ids=str,
+)
 def test_products(shape, arch, dtype):
     """shrink, expand and outer against float64, no worse than PyTorch on the same inputs."""
     T, K, R = shape
@@ -72,31 +65,28 @@ def test_products(shape, arch, dtype):
         triton_ops.expand(hidden, rows, got_y, True)
         triton_ops.expand(hidden, rows, overwritten, False)
         got_rows = triton_ops.outer(hidden, x)
-    wide, low = (t.double() for t in (x, rows, y)), hidden.to(dtype)
-    X, A, Y = wide
-    assert got.dtype == torch.float32
-    assert_in_budget(got, x.float() @ rows.float().T, X @ A.T, torch.float32)
-    assert_in_budget(got_y, y + low @ rows, Y + hidden.double() @ A, dtype)
-    assert_in_budget(overwritten, low @ rows, hidden.double() @ A, dtype)
-    assert_in_budget(got_rows, low.T @ x, hidden.double().T @ X, dtype)
+    X, A, Y, H = (t.double() for t in (x, rows, y, hidden))
+    low = hidden.to(dtype)
+    assert got.dtype == F32
+    assert_in_budget(got, x.float() @ rows.float().T, X @ A.T, F32)
+    assert_in_budget(got_y, y + low @ rows, Y + H @ A, dtype)
+    assert_in_budget(overwritten, low @ rows, H @ A, dtype)
+    assert_in_budget(got_rows, low.T @ x, H.T @ X, dtype)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("arch", "dtype"), [(80, F32), (90, BF16)], ids=str)
 def test_a_shrink_has_one_order_however_it_is_split(arch, dtype):
-    """The same bits from one block for all features, from halves, and from segments."""
+    """The same bits from one block for all features, from halves, segments and narrow columns."""
     x, rows = normal(130, 1100, dtype=dtype), normal(24, 1100, dtype=dtype)
     results = []
-    for multiprocessors, parts in ((1, 1), (4, 2), (132, 6)):
+    for multiprocessors, grid in ((2, (2, 1, 1)), (5, (2, 1, 2)), (132, (3, 2, 6))):
         with gpu(arch, multiprocessors) as device:
             results.append(triton_ops.shrink(x, rows))
-            assert device.launches[0].grid[2] == parts
-            results.append(triton_ops.shrink(x[77:78], rows))
-    whole = results[0]
-    for got in results[2::2]:
-        assert torch.equal(got, whole)
-    for got in results[1::2]:
-        assert torch.equal(got, whole[77:78])
+            assert device.launches[0].grid == grid
+    with gpu(arch):
+        alone = triton_ops.shrink(x[77:78], rows)
+    assert all(torch.equal(got, results[0]) for got in results)
+    assert torch.equal(alone[0], results[0][77])
 
 
 def test_no_tokens_is_no_launch():
@@ -110,18 +100,18 @@ def test_no_tokens_is_no_launch():
 
 def test_strided_rows():
     """Rows that are apart, at any distance, read and written; what lies between is left alone."""
-    rows, hidden = normal(6, 40, dtype=torch.bfloat16), normal(9, 6)
+    rows, hidden = normal(6, 40, dtype=BF16), normal(9, 6)
     for distance in (41, 48):
-        memory = normal(9, distance, dtype=torch.bfloat16)
+        memory = normal(9, distance, dtype=BF16)
         x = memory[:, :40]
         y = memory.clone()[:, :40]
-        with gpu():
+        want = x.contiguous()
+        with gpu(80):
             assert torch.equal(triton_ops.shrink(x, rows), triton_ops.shrink(x.contiguous(), rows))
             assert torch.equal(
                 triton_ops.outer(hidden, x), triton_ops.outer(hidden, x.contiguous())
             )
             triton_ops.expand(hidden, rows, y, True)
-            want = x.contiguous()
             triton_ops.expand(hidden, rows, want, True)
         assert torch.equal(y, want)
         assert torch.equal(y._base[:, 40:], memory[:, 40:])
@@ -132,9 +122,344 @@ def test_tf32_only_if_torch_allows_it():
     want = x.double() @ rows.double().T
     with gpu(80):
         exact = numerics.error(triton_ops.shrink(x, rows), want).rms
+        before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         try:
             rounded = numerics.error(triton_ops.shrink(x, rows), want).rms
         finally:
-            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            torch.backends.cuda.matmul.fp32_precision = before
     assert exact < 3e-7 and 1e-5 < rounded < 1e-3
+
+
+# ---------------------------------------------------------------- topk
+
+TOKEN = {"dropout": 0.3, "dropout_mode": "token", "seed": SEED}
+EXPERT = {"dropout": 0.3, "dropout_mode": "expert", "seed": SEED}
+SWITCH = {"renormalize": False}
+BALANCE = {"balance": True}
+
+
+# Shapes of the shared list; with one multiprocessor the mix is in the shrink's launch.
+@pytest.mark.parametrize(
+    ("shape", "arch", "dtype", "multiprocessors", "options"),
+    [
+        (Shape(0, 32, 48, 4, 2, 2), 90, BF16, None, {}),
+        (Shape(1, 64, 128, 8, 8, 2), 90, BF16, None, {}),
+        (Shape(3, 1, 1, 2, 1, 1), 80, F32, None, {}),
+        (Shape(5, 33, 47, 4, 3, 2), 80, F16, 1, TOKEN | SWITCH),
+        (Shape(16, 257, 129, 8, 4, 2), 90, F32, 1, {}),
+        (Shape(17, 128, 64, 1, 8, 1), 80, BF16, None, BALANCE),
+        (Shape(77, 256, 512, 32, 1, 4), 90, BF16, 1, BALANCE),
+        (Shape(77, 256, 512, 32, 1, 4), 80, BF16, None, EXPERT),
+        (Shape(130, 200, 136, 8, 8, 2), 90, F32, None, SWITCH | BALANCE),
+        (Shape(40, 128, 130, 3, 4, 3), 90, F16, 1, EXPERT),
+        (Shape(33, 130, 258, 2, 64, 2), 80, BF16, 1, {}),
+        (Shape(64, 96, 100, 5, 16, 4), 90, BF16, 1, TOKEN | BALANCE),
+        (Shape(9, 40, 24, 128, 2, 3), 90, BF16, None, {}),
+        (Shape(513, 17, 19, 4, 2, 2), 80, F32, None, {}),
+    ],
+    ids=str,
+)
+def test_topk_matches_reference(shape, arch, dtype, multiprocessors, options):
+    """Output, statistics and all gradients; errors pooled over a few draws, as in test_ops."""
+    got, plain, want = [], [], []
+    for seed in range(4 if shape.T < 64 else 1):
+        inputs = make_inputs(shape, dtype, seed)
+        with gpu(arch, multiprocessors) as device:
+            got.append(run(functional.mola, inputs, shape.k, **options))
+        want.append(reference_run(inputs, shape.k, torch.float64, **options))
+        plain.append(reference_run(inputs, shape.k, dtype, **options))
+        counts = [runs[-1].pop("counts") for runs in (got, plain, want)]
+        assert torch.equal(counts[0], counts[2])
+        if shape.k == 1 and options.get("renormalize", True) and not options.get("balance"):
+            # The weight is the constant 1: the reference's zero is rounded, ours is exact.
+            assert not got[-1]["drouter"].any()
+            plain[-1]["drouter"].zero_()
+            want[-1]["drouter"].zero_()
+    pooled = [
+        {name: torch.stack([r[name] for r in runs]) for name in QUANTITIES}
+        for runs in (got, plain, want)
+    ]
+    numerics.check_numerics(f"triton {shape}", *pooled)
+    if multiprocessors and options.get("dropout_mode") != "expert":
+        assert names(device)[0] == "shrink_and_mix"
+
+
+# What the tests below share, so that its kernels are compiled once.
+STANDARD = Shape(70, 200, 136, 8, 8, 2)
+
+
+def test_launches():
+    """Beside the base GEMM: 3 or 2 forward, at most 5 backward."""
+    inputs = make_inputs(STANDARD._replace(T=600), BF16)
+    leaves = [t.requires_grad_() for t in (inputs.x, *inputs[3:6])]
+    for multiprocessors, forward, mix_backward, add in (
+        (132, ["shrink_parts", "mix"], ["shrink_parts", "mix_backward"], ["add_gradients"]),
+        (1, ["shrink_and_mix"], ["shrink_and_mix_backward"], []),
+    ):
+        with gpu(90, multiprocessors, execute=False) as device:
+            y = functional.mola(leaves[0], inputs.weight, None, *leaves[1:], 2, 1.0)
+            assert names(device) == [*forward, "expand_and_count"]
+            device.launches.clear()
+            torch.autograd.grad(y, leaves, inputs.dy)
+            assert names(device) == [*mix_backward, "expand_rows", "outer_parts", *add]
+
+
+def adapter(inputs, rows, **options):
+    """Output and dx of the adapter alone for some tokens."""
+    x = inputs.x[rows].detach().requires_grad_()
+    base = torch.zeros(len(rows), STANDARD.N, dtype=x.dtype)
+    y = functional.mola(
+        x, None, None, inputs.lora_down, inputs.lora_up, inputs.router, 2, 2.0, base_output=base,
+        **options,
+    )  # fmt: skip
+    return y.detach(), *torch.autograd.grad(y, x, inputs.dy[rows])
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(90, BF16), (80, F32)], ids=str)
+def test_a_token_does_not_depend_on_its_neighbours(arch, dtype):
+    """The same bits alone and among others, whatever the tiles and wherever the mix runs."""
+    inputs = make_inputs(STANDARD, dtype)
+    with gpu(arch, 1):
+        whole = adapter(inputs, range(STANDARD.T))
+    for multiprocessors in (1, 4, 132):
+        with gpu(arch, multiprocessors) as device:
+            for rows in ([7], [66, 3], list(range(70))):
+                for got, want in zip(adapter(inputs, rows), whole, strict=True):
+                    assert torch.equal(got, want[rows])
+        assert ("mix" in names(device)) == (multiprocessors > 1)
+
+
+@pytest.mark.parametrize("mode", ("token", "expert"))
+def test_dropout_masks_are_those_of_the_reference(mode):
+    """Bit for bit: with one-hot rows the output shows each feature's mask, as does dx."""
+    features, p = 70, 0.4
+    x = torch.ones(3, features, requires_grad=True)
+    eye = torch.eye(features).expand(2, features, features).contiguous()
+    router = torch.tensor([[1.0], [-1.0]]).expand(2, features).contiguous()
+    for value, expert in ((0, 0), (2**63 - 2, 1), (-1, 0)):
+        seed = torch.tensor([value])
+        with gpu(80):
+            y = functional.mola(
+                x, None, None, eye, eye, -router if expert else router, 1, 1.0, dropout=p,
+                dropout_mode=mode, seed=seed, base_output=torch.zeros(3, features),
+            )  # fmt: skip
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        want = keep_mask(seed, 3, features, p, expert=expert if mode == "expert" else 0)
+        assert torch.equal(y != 0, want)
+        assert torch.equal(dx != 0, want)
+
+
+def routed(x, router, top_k=2):
+    """y and the routing of experts in rank space."""
+    E, K = router.shape
+    return functional.mola(
+        x, None, None, normal(E, 8, K, dtype=x.dtype, seed=1),
+        normal(E, 8, 136, dtype=x.dtype, seed=2), router, top_k, 1.0,
+        base_output=torch.zeros(x.shape[0], 136, dtype=x.dtype), return_routing=True,
+    )  # fmt: skip
+
+
+def test_ties_go_to_the_lower_index():
+    x = torch.zeros(4, 200)
+    with gpu(80):
+        assert routed(x, normal(8, 200))[1].counts.tolist() == [4, 4, 0, 0, 0, 0, 0, 0]
+        # -0 and +0 are a tie too.
+        x[:, 0] = 1
+        router = torch.full((8, 200), -0.0)
+        router[5:, 0], router[1, 0] = 0.0, -1.0
+        assert routed(x, router)[1].counts.tolist() == [4, 0, 4, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(80, F32), (90, BF16)], ids=str)
+def test_a_token_that_is_not_finite_spoils_no_other(arch, dtype):
+    """It selects experts that exist, its row is NaN, and all other rows keep their bits."""
+    x, router = normal(70, 200, dtype=dtype), normal(8, 200, dtype=dtype)
+    router[:, 5] = -1
+    spoiled = x.clone()
+    spoiled[3] = float("nan")
+    spoiled[4, 0] = float("inf")  # logits of +inf and -inf
+    spoiled[66, 5] = float("inf")  # all -inf
+    others = [t for t in range(70) if t not in (3, 4, 66)]
+    for multiprocessors in (1, 132):
+        with gpu(arch, multiprocessors):
+            y, routing = routed(spoiled, router)
+            want, _ = routed(x, router)
+        assert torch.equal(y[others], want[others])
+        assert y[[3, 4, 66]].isnan().all()
+        assert routing.counts.sum() == 140 and routing.counts.min() >= 0
+        if not extension.why_missing():
+            with use_backend("cpu"):
+                assert torch.equal(routed(spoiled, router)[1].counts, routing.counts)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_minus_infinity_beside_finite_logits_is_a_probability_of_zero(dtype):
+    x, router = normal(20, 200, dtype=dtype), normal(8, 200, dtype=dtype)
+    x[:, 0], router[:, 0] = 1, 0
+    router[2, 0] = -float("inf")
+    with gpu(90):
+        y, routing = routed(x, router)
+    assert routing.counts[2] == 0 and routing.prob_sums[2] == 0
+    assert routing.counts.sum() == 40 and y.isfinite().all()
+    torch.testing.assert_close(routing.prob_sums.sum(), torch.tensor(20.0))
+
+
+# ---------------------------------------------------------------- contracts
+
+
+def forward_arguments(dtype=BF16, dropout=0.0, accumulate=True):
+    i = make_inputs(STANDARD._replace(T=20), dtype)
+    y = torch.zeros(20, STANDARD.N, dtype=dtype)
+    return (
+        i.x, i.lora_down, i.lora_up, i.router, None if accumulate else i.bias,
+        SEED if dropout else None, y, 2, 0.5, True, dropout, False, True, accumulate,
+    )  # fmt: skip
+
+
+def backward_arguments(dtype=BF16, need_dparams=True):
+    arguments = forward_arguments(dtype)
+    x, lora_down, lora_up, router = arguments[:4]
+    saved, _, prob_sums = triton_ops.topk_forward(*arguments)
+    return (
+        normal(20, STANDARD.N, dtype=dtype), x, lora_down, lora_up, router, None, saved,
+        torch.ones_like(prob_sums), torch.zeros_like(x), 2, 0.5, True, 0.0, False, True, True,
+        True, need_dparams,
+    )  # fmt: skip
+
+
+def test_opcheck():
+    x, rows = normal(20, 40), normal(8, 40)
+    with gpu(90):
+        torch.library.opcheck(triton_ops.topk_forward, forward_arguments())
+        torch.library.opcheck(triton_ops.topk_forward, forward_arguments(accumulate=False))
+        for need_dparams in (False, True):
+            torch.library.opcheck(
+                triton_ops.topk_backward, backward_arguments(need_dparams=need_dparams)
+            )
+        torch.library.opcheck(triton_ops.shrink, (x, rows))
+        torch.library.opcheck(triton_ops.expand, (normal(20, 8), rows, x, True))
+        torch.library.opcheck(triton_ops.outer, (normal(20, 8), x))
+
+
+def test_compiles_in_one_graph():
+    """Forward and backward, with dynamic shapes, to the bits of the eager call."""
+    inputs = make_inputs(STANDARD, BF16)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(x, lora_down, lora_up, router):
+        return functional.mola(x, inputs.weight, inputs.bias, lora_down, lora_up, router, 2, 2.0)
+
+    leaves = [t.detach().requires_grad_() for t in (inputs.x, *inputs[3:6])]
+    for tokens in (20, 70):
+        x, dy = leaves[0][:tokens].detach().requires_grad_(), inputs.dy[:tokens]
+        with gpu(90):
+            y = compiled(x, *leaves[1:])
+            got = [y, *torch.autograd.grad(y, (x, *leaves[1:]), dy)]
+            y = functional.mola(x, inputs.weight, inputs.bias, *leaves[1:], 2, 2.0)
+            want = [y, *torch.autograd.grad(y, (x, *leaves[1:]), dy)]
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+# Positions in the operators' arguments, and what would make a kernel read or write out of bounds.
+@pytest.mark.parametrize(
+    ("position", "bad", "name"),
+    [
+        (0, normal(20, 199, dtype=BF16), "x"),
+        (0, normal(20, 200), "lora_down"),
+        (0, normal(20, 200, dtype=torch.float64), "x"),
+        (2, normal(8, 7, 136, dtype=BF16), "lora_up"),
+        (3, normal(7, 200, dtype=BF16), "router"),
+        (6, normal(19, 136, dtype=BF16), "y"),
+        (7, 9, "top_k"),
+        (7, 0, "top_k"),
+        (12, False, "strategy"),
+    ],
+)
+def test_operators_called_directly_do_not_leave_their_memory(position, bad, name):
+    arguments = list(forward_arguments())
+    arguments[position] = bad
+    with pytest.raises(RuntimeError, match=name):
+        triton_ops.topk_forward(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "name"),
+    [(0, (20, 135), "dy"), (6, (7,), "saved"), (7, (7,), "dprob_sums"), (8, (19, 200), "dx")],
+)
+def test_backward_called_directly_does_not_leave_its_memory(position, shape, name):
+    with gpu(90):
+        arguments = list(backward_arguments())
+        arguments[position] = torch.zeros(shape, dtype=arguments[position].dtype)
+        with pytest.raises(RuntimeError, match=name):
+            triton_ops.topk_backward(*arguments)
+
+
+def test_frozen_experts_cost_no_weight_gradients():
+    inputs = make_inputs(STANDARD, BF16)
+    with gpu(90) as device:
+        _, dx = adapter(inputs, range(70))
+        assert names(device)[-1] == "expand_rows"
+        trained = inputs.lora_down.detach().requires_grad_()
+        _, want = adapter(inputs._replace(lora_down=trained), range(70))
+        assert names(device)[-1] == "outer_parts"
+    assert torch.equal(dx, want)
+
+
+def test_large_offsets():
+    """Rows beyond 2**31 elements: strides are 64-bit."""
+    x = torch.empty(2**31 + 200, dtype=BF16).as_strided((2, 200), (2**31, 1))
+    x.copy_(normal(2, 200))
+    with gpu(90):
+        got = triton_ops.shrink(x, normal(8, 200, dtype=BF16))
+        want = triton_ops.shrink(x.clone(), normal(8, 200, dtype=BF16))
+    assert torch.equal(got, want)
+
+
+def test_float64_is_refused():
+    with gpu(), pytest.raises(RuntimeError, match=r"'triton' .* does not compute in torch.float64"):
+        functional.shrink(normal(2, 3).double(), normal(4, 3).double())
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # as if it were not there
+import moelora_ops
+from moelora_ops import backends
+print(dict(backends.available())["triton"])
+"""
+
+
+def test_without_triton_the_package_imports_and_says_so():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "triton is not installed"
+
+
+def test_importing_the_package_does_not_import_triton():
+    program = "import moelora_ops, sys; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize("itemsize", (2, 4))
+@pytest.mark.parametrize("rows", (1, 13, 64, 200, 1000))
+def test_tiles_cover_everything(itemsize, rows):
+    for name, multiprocessors in (("sm_80", 108), ("sm_90", 132), ("sm_100", 148), ("sm_90", 1)):
+        arch = tiles.Arch("cuda", name, multiprocessors)
+        for tokens in (1, 33, 2048, 8192, 10**6):
+            for features in (0, 1, 200, 576, 1100, 4096, 14336):
+                tile = tiles.shrink(tokens, features, rows, 8, itemsize, arch)
+                assert tile.parts * tile.span >= features > (tile.parts - 1) * tile.span - 1
+                assert tile.span % tiles.segment(features) == 0
+                assert tiles.segment(features) % tile.BK == 0
+                assert tile.columns * tile.BA >= rows and tile.columns * tile.BB >= 8
+                # The order of a sum must not depend on these.
+                assert tiles.SHRINK_STEP[itemsize] == tile.BK
+                assert tile.parts <= tiles.MOST_SEGMENTS and tile.BT >= 64
+                tile = tiles.outer(tokens, features, rows, itemsize, arch)
+                assert tile.splits * tile.span >= tokens > (tile.splits - 1) * tile.span
+                tile = tiles.expand(tokens, features, rows, itemsize, arch)
+                assert tile.walk % tile.BT == 0
