@@ -1,0 +1,233 @@
+"""What each Triton kernel moves, by formula: one row of `KERNELS` per kernel.
+
+A formula sees what a launch was given and nothing else, so that another tile is another figure.  It
+names every tensor, how many of its elements are touched, and how many times each.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moelora_ops.backends.triton.tiles import cdiv
+from tools.gpu_emulator.triton_driver import LaunchRecord
+
+# Terms that tl.dot multiplies for each product of two numbers.
+_TERMS = {"ieee": 1, "tf32": 1, "bf16x6": 6}
+
+
+@dataclass
+class Flow:
+    """Bytes in one direction: those touched, and those that multiprocessors move."""
+
+    distinct: int = 0
+    moved: int = 0
+
+
+class Account:
+    """The account of a launch, whose arguments are its attributes.
+
+    Attributes:
+        launch: the record.
+        grid: blocks in each direction.
+        loads, stores: of all tensors.
+        flops: of tensor cores, padding included; two per multiply-add.
+    """
+
+    def __init__(self, launch: LaunchRecord):
+        self.launch, self.grid = launch, launch.grid
+        self.loads, self.stores, self.flops = Flow(), Flow(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        return self.launch.arguments[name]
+
+    @property
+    def blocks(self) -> int:
+        x, y, z = self.grid
+        return x * y * z
+
+    @property
+    def distinct(self) -> int:
+        """What device memory gives and takes at least."""
+        return self.loads.distinct + self.stores.distinct
+
+    @property
+    def moved(self) -> int:
+        """What multiprocessors load and store."""
+        return self.loads.moved + self.stores.moved
+
+    def load(self, tensor, elements: int, times: int = 1) -> None:
+        """`elements` of a tensor are read, each so many times; of None nothing is."""
+        self._add(self.loads, tensor, elements, times)
+
+    def store(self, tensor, elements: int) -> None:
+        """`elements` of a tensor are written, each once; of None nothing is."""
+        self._add(self.stores, tensor, elements, 1)
+
+    def dot(self, rows: int, columns: int, inner: int) -> None:
+        """A product of matrices on tensor cores."""
+        self.flops += 2 * rows * columns * inner * _TERMS[self.PRECISION]
+
+    @staticmethod
+    def _add(flow: Flow, tensor, elements: int, times: int) -> None:
+        if tensor is not None:
+            flow.distinct += elements * tensor.element_size()
+            flow.moved += elements * tensor.element_size() * times
+
+
+def account(launch: LaunchRecord) -> Account:
+    """What `launch` moves.
+
+    Raises:
+        KeyError: the kernel has no row.
+    """
+    result = Account(launch)
+    KERNELS[launch.build.module, launch.name](result)
+    return result
+
+
+# ---------------------------------------------------------------- products
+
+
+def shrink(k: Account, wide, features: int, *rows: tuple[Any, int, int], segments: int = 1) -> None:
+    """``wide [T, segments * features]`` times blocks of rows, up to (tensor, rows, BA) each."""
+    tiles, columns, parts = k.grid
+    span = k.SPAN if parts > 1 else features
+    steps = sum(cdiv(min(span, features - part * span), k.BK) for part in range(parts))
+    k.load(wide, k.T * segments * features, columns // segments)
+    for tensor, count, width in rows:
+        if tensor is not None:
+            k.load(tensor, count * segments * features, tiles)
+            k.dot(tiles * k.BT, columns * width, steps * k.BK)
+
+
+def _shrink_parts(k: Account) -> None:
+    R, parts = k.GROUPS * k.ROWS, k.grid[2]
+    shrink(k, k.x, k.K, (k.a, R, k.BA), (k.b, k.ROWS_B, k.BB), segments=k.SPLITS)
+    k.store(k.out_a, parts * k.T * k.SPLITS * R)
+    k.store(k.out_b, parts * k.T * k.ROWS_B)
+
+
+def _add_all(k: Account) -> None:
+    k.load(k.parts, k.PARTS * k.size)
+    k.store(k.out, k.size)
+
+
+def expand(k: Account, strips: int, segments: int = 1) -> None:
+    """``y [T, N]`` from left_a @ a and left_b @ b, whose columns are in `segments`."""
+    walks, tiles = k.grid[1], cdiv(k.T, k.BT)
+    for left, right, rows, groups, BR in (
+        (k.left_a, k.a, k.ROWS, k.GROUPS, k.BR),
+        (k.left_b, k.b, k.ROWS_B, 1, k.BRB),
+    ):
+        if right is not None:
+            # Rows that fit one product stay in the block; others are read for each of its tiles.
+            kept = groups == 1 and rows <= BR
+            k.load(left, k.T * segments * groups * rows, strips // segments)
+            k.load(right, groups * rows * k.N, walks if kept else tiles)
+            k.dot(tiles * k.BT, strips * k.BN, groups * cdiv(rows, BR) * BR)
+    k.load(k.bias, k.N, walks)
+    if k.ACCUMULATE:
+        k.load(k.y, k.T * k.N)
+    k.store(k.y, k.T * k.N)
+
+
+def _expand_rows(k: Account) -> None:
+    expand(k, k.grid[0], k.SPLITS)
+
+
+def _outer_side(k: Account, side: str) -> None:
+    """``left.T @ wide`` and ``left_b.T @ wide`` of one side, in parts of the tokens."""
+
+    def of_side(name: str) -> Any:
+        return getattr(k, name.format(side))
+
+    wide, N, segments = of_side("wide_{}"), of_side("N_{}"), of_side("SPLITS_{}")
+    if wide is None:
+        return
+    strips = segments * cdiv(N // segments, k.BN)
+    chunks = of_side("blocks_{}") // strips
+    rows = of_side("ROWS_{}") * chunks // cdiv(of_side("ROWS_{}"), of_side("BA_{}"))
+    steps = _steps(k)
+    k.load(wide, k.T * N, chunks)
+    for left, out, count, width in (
+        (of_side("left_{}"), of_side("out_{}"), rows, of_side("BA_{}")),
+        (of_side("left_{}b"), of_side("out_{}b"), of_side("ROWS_{}B"), of_side("BB_{}")),
+    ):
+        if left is not None:
+            k.load(left, k.T * segments * count, strips // segments)
+            k.store(out, k.grid[1] * count * N)
+            k.dot(strips * k.BN, chunks * width, steps * k.BT)
+
+
+def _steps(k: Account) -> int:
+    """Steps of BT tokens in all parts."""
+    return sum(cdiv(min(k.span, k.T - begin), k.BT) for begin in range(0, k.T, k.span))
+
+
+def _outer_parts(k: Account) -> None:
+    for side in ("0", "1"):
+        _outer_side(k, side)
+    for out, values, _, columns, index, _, rows, _ in k.sums:
+        k.load(values, k.T * columns)
+        k.load(index, k.T, rows * cdiv(columns, k.BN_SUM))
+        k.store(out, k.grid[1] * rows * columns)
+
+
+def _add_gradients(k: Account) -> None:
+    k.load(k.parts, k.PARTS * sum(k.sizes))
+    for out, size in zip(k.outs, k.sizes, strict=True):
+        k.store(out, size)
+
+
+# ---------------------------------------------------------------- mixes
+
+
+def by_tiles(k: Account) -> None:
+    """A kernel whose blocks have a tile of tokens each and share only what every block reads.
+
+    What one tile moves is executed here; times the tiles, it is what all of them move.
+    """
+    tiles, rest = divmod(k.T, k.BT)
+    if k.blocks <= 2:
+        first = second = k.launch.execute(k.grid)
+        tiles, rest = 1, 0
+    else:
+        first, second = (k.launch.execute((blocks, 1, 1)) for blocks in (1, 2))
+    last = k.launch.execute((1, 1, 1), T=rest) if rest else None
+    for total, name in ((k.loads, "loads"), (k.stores, "stores")):
+        one, two = getattr(first, name), getattr(second, name)
+        more = two.distinct_bytes - one.distinct_bytes
+        total.moved += tiles * one.fetched
+        total.distinct += one.distinct_bytes + (tiles - 1) * more
+        if last:
+            shared = one.distinct_bytes - more
+            total.moved += getattr(last, name).fetched
+            total.distinct += getattr(last, name).distinct_bytes - shared
+    k.flops += tiles * sum(first.tensor_flops.values())
+    k.flops += sum(last.tensor_flops.values()) if last else 0
+
+
+def _topk_expand(k: Account) -> None:
+    expand(k, k.grid[0] - 1)
+    k.load(k.tile_counts, k.tiles * k.E)
+    k.load(k.tile_sums, k.tiles * k.E)
+    k.store(k.counts, k.E)
+    k.store(k.prob_sums, k.E)
+
+
+# Module and name of a kernel -> its formula.
+KERNELS = {
+    ("shrink", "shrink_parts"): _shrink_parts,
+    ("shrink", "add_all"): _add_all,
+    ("expand", "expand_rows"): _expand_rows,
+    ("outer", "outer_parts"): _outer_parts,
+    ("outer", "add_gradients"): _add_gradients,
+    ("topk", "shrink_and_mix"): by_tiles,
+    ("topk", "mix"): by_tiles,
+    ("topk", "expand_and_count"): _topk_expand,
+    ("topk", "shrink_and_mix_backward"): by_tiles,
+    ("topk", "mix_backward"): by_tiles,
+    ("grid", "mix"): by_tiles,
+    ("grid", "mix_backward"): by_tiles,
+    ("output_gate", "mix"): by_tiles,
+    ("output_gate", "mix_backward"): by_tiles,
+}

@@ -1,0 +1,155 @@
+"""A call on an emulated GPU: which launches its operators make, and what they cannot do without."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moelora_ops import backends, ops, use_backend
+from moelora_ops.backends.triton import launch, tiles
+from tools.gpu_emulator import emulated_gpu
+
+from .cases import Call
+
+# Operations of PyTorch that launch nothing; views beside them say so themselves.
+_NO_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_BASE_GEMM = torch.ops.aten.addmm_.default
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+@dataclass
+class Operator:
+    """One call of an operator of ours.
+
+    Attributes:
+        name: of the schema.
+        launches: records of the emulator.
+        torch_kernels: operations of PyTorch inside it that are launches too.
+        least: bytes; see :func:`least_bytes`.
+    """
+
+    name: str
+    launches: list
+    torch_kernels: list[str]
+    least: int
+
+
+@dataclass
+class Recording:
+    """What a call ran.
+
+    Attributes:
+        operators: in order; those of the backward pass among them.
+        around: operations of PyTorch outside of them, but for the base GEMM.
+    """
+
+    operators: list[Operator] = field(default_factory=list)
+    around: list[str] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Operator:
+        (found,) = (o for o in self.operators if o.name == name)
+        return found
+
+
+def least_bytes(func: torch._ops.OpOverload, arguments: tuple, results) -> int:
+    """Each tensor that an operator takes once, and each that it makes once.
+
+    But dy once for dx and once more for the gradient of lora_up.
+    """
+    named = dict(zip((a.name for a in func._schema.arguments), arguments, strict=True))
+    times = {
+        "y": 1 + named.get("accumulate", False),
+        "dx": named.get("need_dx", True) * (1 + named.get("accumulate", False)),
+        "dy": 1 + named.get("need_dparams", False),
+    }
+    if func._schema.name.endswith("_backward"):
+        times["x"] = named.get("need_dparams", False)
+    tensors = [t for t in (results if isinstance(results, tuple) else (results,)) if t is not None]
+    return sum(t.nbytes for t in tensors) + sum(
+        times.get(name, 1) * t.nbytes for name, t in named.items() if isinstance(t, Tensor)
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operation of a call; the base GEMM is not ours and is skipped."""
+
+    def __init__(self, launches: list, execute: bool):
+        super().__init__()
+        self.recording = Recording()
+        self.launches, self.execute = launches, execute
+        self.torch_kernels = self.recording.around
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ops.NAMESPACES.values():
+            return self._operator(func, args)
+        if func is _BASE_GEMM and not self.execute:
+            return args[0]
+        name = func._schema.name.removeprefix("aten::")
+        if func is not _BASE_GEMM and not func.is_view and name not in _NO_KERNEL:
+            self.torch_kernels.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def _operator(self, func, args):
+        first, self.torch_kernels = len(self.launches), []
+        # Past this mode, which then sees what the operator itself calls.
+        with self:
+            results = func.redispatch(_CPU, *args)
+        self.recording.operators.append(
+            Operator(
+                func._schema.name.split("::")[1],
+                self.launches[first:],
+                self.torch_kernels,
+                least_bytes(func, args, results),
+            )
+        )
+        self.torch_kernels = self.recording.around
+        return results
+
+
+@contextlib.contextmanager
+def on_cpu_tensors(backend: str) -> Iterator[None]:
+    """Forces a back end, which takes CPU tensors for as long."""
+    row = backends._BY_NAME[backend]._replace(device="cpu")
+    with mock.patch.dict(backends._BY_NAME, {backend: row}), use_backend(backend):
+        yield
+
+
+def record(
+    call: Call,
+    backend: str = "cuda",
+    arch: int | str = 90,
+    execute: bool = False,
+    multiprocessors: int | None = None,
+) -> Recording:
+    """Run `call` with the Triton kernels.
+
+    Args:
+        backend, arch: of :func:`emulated_gpu`.
+        execute: also run the kernels, on random numbers; else nothing is computed.
+        multiprocessors: fewer make tiles be chosen as for many tokens.
+    """
+    tensors = call.inputs(_normal if execute else _placeholder)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(on_cpu_tensors("triton"))
+        gpu = stack.enter_context(emulated_gpu(backend, arch, execute))
+        if multiprocessors:
+            device = tiles.Arch(backend, f"sm_{arch}", multiprocessors)
+            stack.enter_context(mock.patch.object(launch, "arch", lambda: device))
+        recorder = stack.enter_context(_Recorder(gpu.launches, execute))
+        call.run(tensors)
+    return recorder.recording
+
+
+def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros; what is large is never touched, and so takes no memory."""
+    large = math.prod(shape) > 2**20
+    return torch.empty(shape, dtype=dtype) if large else torch.zeros(shape, dtype=dtype)
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=dtype)

@@ -1,0 +1,179 @@
+"""docs/gpu_traffic.md: what operators and their kernels move, side by side for each back end."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from . import model
+from .accounts import Account, account
+from .cases import METHODS, Call, usual
+from .recording import Operator, Recording, record
+
+
+class Backend(NamedTuple):
+    """How a back end's launches come about, and what each of them moves."""
+
+    record: Callable[..., Recording]
+    account: Callable[[Any], Account]
+
+
+BACKENDS = {"Triton": Backend(record, account)}
+
+# What is wanted at T = LARGE, over the least; and launches in each direction and for few tokens.
+MOST_DISTINCT, MOST_MOVED = 1.1, 1.7
+MOST_LAUNCHES = {"forward": 3, "backward": 5, "decode": 2}
+
+LARGE = 8192
+CALLS = (
+    *(usual(method, LARGE) for method in METHODS),
+    usual("topk", LARGE, train="x"),
+    usual("topk", 2048),
+    *(usual("topk", T, train="") for T in (1, 32)),
+)
+
+
+class Figures(NamedTuple):
+    """An operator's launches together, in bytes and seconds.
+
+    Attributes:
+        least: see :func:`recording.least_bytes`.
+        seconds: of the model, without what every launch costs.
+    """
+
+    launches: int
+    least: int
+    moved: int
+    distinct: int
+    flops: int
+    seconds: tuple[float, float]
+
+
+def figures(operator: Operator, accounts: list[Account]) -> Figures:
+    times = [model.seconds(a) for a in accounts]
+    return Figures(
+        launches=len(operator.launches) + len(operator.torch_kernels),
+        least=operator.least,
+        moved=sum(a.moved for a in accounts),
+        distinct=sum(a.distinct for a in accounts),
+        flops=sum(a.flops for a in accounts),
+        seconds=(sum(fast for fast, _ in times), sum(slow for _, slow in times)),
+    )
+
+
+INTRODUCTION = """\
+# Traffic of the GPU kernels
+
+What every operator of the GPU back ends moves, counted without a GPU.  `make gpu-traffic` writes
+this page.
+
+* **least**: the operator's arguments read once and its results written once.  Where parameters are
+  trained dy counts twice, for dx and for the gradient of `lora_up`.
+* **moved**: bytes that multiprocessors load and store, over the least.  Every tile of tokens reads
+  the experts' rows again, mostly from L2; at most {moved} is wanted at T = {large}.
+* **distinct**: bytes that each launch touches, summed over launches, over the least: what device
+  memory serves if nothing stays in L2 between launches; at most {distinct} is wanted there.
+* **launches**: kernels of ours and of PyTorch inside the operator, so without the base GEMM.
+
+The launches are those that the package itself makes for these shapes on {device}; what each of them
+moves is a formula over its arguments (`tools/gpu_traffic/accounts.py`), which
+`tests/test_gpu_traffic.py` holds against what the [emulator](gpu_emulator.md) counts on small
+shapes: loads, stores and tensor-core operations, to the byte.
+
+**Model** is not a time and nothing here was timed.  It is arithmetic on assumed rates of one H200:
+the slowest of device memory ({memory:.1f} TB/s), L2 ({l2} TB/s), what a multiprocessor takes in
+({ingest:.0f} GB/s each) and tensor cores ({tensor:.0f} TFLOP/s), for each launch, plus {launch:.0f}
+µs per launch to start and to drain.  Beside it stands the same model of the frozen linear.
+"""
+
+
+def _microseconds(seconds: tuple[float, float]) -> str:
+    low, high = (f"{1e6 * s:.0f}" for s in seconds)
+    return low if low == high else f"{low}-{high}"
+
+
+def _table(header: str, rows: Iterable[Iterable[Any]]) -> str:
+    columns = [c.strip() for c in header.split("|")]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def call_name(call: Call) -> str:
+    s = call.size
+    shape = f"T={s.T} K={s.K} N={s.N} E={s.E} r={s.r}"
+    return shape + (f" k={s.k}" if "top_k" in METHODS[call.method].options(s) else "")
+
+
+def operator_name(call: Call, operator: Operator) -> str:
+    frozen = call.train == "x" and operator.name.endswith("_backward")
+    return f"{operator.name}{', frozen experts' if frozen else ''}"
+
+
+def operator_rows(call: Call, recordings: dict[str, Recording]) -> list[list[str]]:
+    """Rows of the first table: operators of `call`, and of each back end's recording of it."""
+    rows = []
+    for i, operator in enumerate(next(iter(recordings.values())).operators):
+        if call.train == "x" and not operator.name.endswith("_backward"):
+            continue
+        row = [operator_name(call, operator), call_name(call), f"{operator.least / 1e6:.1f}"]
+        gemm = model.gemm_seconds(call.size.T, call.size.K, call.size.N)
+        for name, recording in recordings.items():
+            found = recording.operators[i]
+            f = figures(found, [BACKENDS[name].account(launch) for launch in found.launches])
+            start = f.launches * model.LAUNCH
+            row += [
+                f"{f.launches}",
+                f"{f.moved / f.least:.2f}",
+                f"{f.distinct / f.least:.2f}",
+                _microseconds(tuple(s + start for s in f.seconds)),
+            ]
+        rows.append([*row, _microseconds((gemm, gemm))])
+    return rows
+
+
+def kernel_rows(call: Call, recording: Recording, backend: Backend) -> list[list[str]]:
+    """Rows of a back end's own table: every launch of `call`."""
+    rows = []
+    for operator in recording.operators:
+        for launch in operator.launches:
+            a = backend.account(launch)
+            rows.append(
+                [
+                    operator.name,
+                    launch.name,
+                    f"{a.blocks} x {32 * launch.build.warps}",
+                    f"{a.loads.moved / 1e6:.1f}",
+                    f"{a.stores.moved / 1e6:.1f}",
+                    f"{a.distinct / 1e6:.1f}",
+                    f"{a.flops / 1e9:.1f}",
+                    _microseconds(model.seconds(a)),
+                ]
+            )
+    return rows
+
+
+def write(recordings: dict[Call, dict[str, Recording]]) -> str:
+    """The page.
+
+    Args:
+        recordings: of `CALLS`, by the name of a back end.
+    """
+    text = INTRODUCTION.format(
+        moved=MOST_MOVED, distinct=MOST_DISTINCT, large=LARGE, device="an H200 (sm_90)",
+        memory=model.DEVICE_MEMORY / 1e12, l2="-".join(f"{r / 1e12:g}" for r in sorted(model.L2)),
+        ingest=model.INGEST / 1e9, tensor=model.TENSOR_CORES / 1e12, launch=model.LAUNCH * 1e6,
+    )  # fmt: skip
+    header = "operator | size, bfloat16 | least, MB"
+    for name in BACKENDS:
+        header += f" | {name}: launches | moved | distinct | model, µs"
+    rows = [row for call, found in recordings.items() for row in operator_rows(call, found)]
+    parts = [text, "## Operators\n", _table(header + " | model of the linear, µs", rows)]
+    for name, backend in BACKENDS.items():
+        parts.append(f"\n## Kernels: {name}\n")
+        for call, found in recordings.items():
+            if call.size.T == LARGE and call.train == "all":
+                parts.append(f"{call.method}, {call_name(call)}, bfloat16; MB and GFLOP:\n")
+                header = (
+                    "operator | kernel | blocks x threads | loads | stores | distinct"
+                    " | tensor cores | model, µs, without the start"
+                )
+                parts.append(_table(header, kernel_rows(call, found[name], backend)) + "\n")
+    return "\n".join(parts).rstrip() + "\n"
