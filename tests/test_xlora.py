@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 import moelora_ops
 from moelora_ops.integrations.xlora import FusedXLora, is_xlora
 
-pytestmark = pytest.mark.usefixtures("backend")
 TARGETS = ["q_proj", "down_proj"]
 IDS = torch.randint(50, (2, 5), generator=torch.Generator().manual_seed(2))
 
@@ -90,7 +89,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_outputs_and_gradients_are_pefts(options, loras):
+def test_outputs_and_gradients_are_pefts(options, loras, backend):
     theirs, ours = (make_xlora(loras, **options) for _ in range(2))
     parameters = dict(ours.named_parameters())
     assert moelora_ops.fuse(ours) is ours
@@ -117,7 +116,7 @@ def test_outputs_and_gradients_are_pefts(options, loras):
         torch.testing.assert_close(got[name], gradient, msg=name)
 
 
-def test_in_16_bits(loras):
+def test_in_16_bits(loras, backend):
     """PEFT's default: adapters in float32 on a model in bfloat16."""
     theirs, ours, wide = (
         make_xlora(loras, lambda dtype=dtype: llama().to(dtype), top_k_lora=2)
@@ -131,7 +130,7 @@ def test_in_16_bits(loras):
     assert rms[1] < 2 * rms[0]
 
 
-def test_what_peft_does_with_its_model_goes_on(loras, tmp_path):
+def test_what_peft_does_with_its_model_goes_on(loras, tmp_path, backend):
     theirs, ours = (make_xlora(loras) for _ in range(2))
     moelora_ops.fuse(ours)
 
@@ -202,7 +201,7 @@ def lone_layer(*ranks, dropouts=None):
     return layer
 
 
-def test_a_lone_layer_without_scalings_adds_every_expert():
+def test_a_lone_layer_without_scalings_adds_every_expert(backend):
     layer = lone_layer(2, 5)
     fused = moelora_ops.fuse(layer)
     assert type(fused) is type(layer) and fused.lora_A is layer.lora_A
@@ -213,7 +212,7 @@ def test_a_lone_layer_without_scalings_adds_every_expert():
     torch.testing.assert_close(fused(x), want)
 
 
-def test_a_base_of_another_kind():
+def test_a_base_of_another_kind(backend):
     """Called as it is, and its output, which it may have kept, is not written to."""
 
     class Tanh(nn.Linear):
@@ -234,7 +233,7 @@ def test_a_base_of_another_kind():
     assert x.grad.isfinite().all()
 
 
-def test_dropout_thins_the_experts_only_in_training():
+def test_dropout_thins_the_experts_only_in_training(backend):
     layer = lone_layer(3, 3, dropouts=(0.25, 0.25))
     nn.init.zeros_(layer.base_layer.weight), nn.init.zeros_(layer.base_layer.bias)
     fused = moelora_ops.fuse(layer.train())
