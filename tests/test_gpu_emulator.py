@@ -803,6 +803,25 @@ def test_tensor_maps(row, column, swizzle):
     assert counts.traffic["x"].loads.bytes == counts.traffic["y"].stores.bytes == size
 
 
+@pytest.mark.parametrize("shape, box", (((100,), (32,)), ((3, 6, 20), (2, 4, 8))), ids=str)
+def test_tensor_maps_of_other_ranks(shape, box):
+    """The last box hangs over every edge; it is copied to the place that it came from."""
+    x = torch.arange(np.prod(shape), dtype=torch.int32).view(shape) + 1
+    y = torch.zeros_like(x)
+    corner = [n // b * b for n, b in zip(shape, box, strict=True)]
+    rank = len(box)
+    text = BOXES.replace("2d", f"{rank}d").replace("%r5, %r4", ", ".join(map(str, corner[::-1])))
+    text = text.replace(", 512;", f", {4 * np.prod(box)};")
+    text = text.format(row=0, column=0, wait="@%p1 cp.async.bulk.wait_group.read 0;")
+    k = kernel(text, "u64", *["align 64 .b8[128]"] * 2, module=SHARED)
+    maps = [tensor_map(t, box) for t in (x, y)]
+    run(k, (1,), (32,), [x, *maps], shared=1040, buffers={"x": x, "y": y})
+    want = torch.zeros_like(x)
+    inside = tuple(slice(c, c + b) for c, b in zip(corner, box, strict=True))
+    want[inside] = x[inside]
+    assert want.any() and torch.equal(y, want)
+
+
 def test_stores_read_shared_memory_until_they_are_waited_for():
     _, y, _ = boxes(0, 0, wait="")
     assert y[0, 0] == 77

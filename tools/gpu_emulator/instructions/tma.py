@@ -117,8 +117,11 @@ class _Box:
         self.map = map_
         size, inner = map_.strides[0], map_.box[0]
         first, last = max(corner[0], 0), min(corner[0] + inner, map_.shape[0])
-        rows = np.indices(map_.box[:0:-1]).reshape(len(map_.box) - 1, -1)[::-1]
-        at = rows + np.array(corner[1:], np.int64).reshape(-1, 1)
+        number = np.arange(math.prod(map_.box[1:]))  # of the box's rows
+        at = np.empty((len(map_.box) - 1, len(number)), np.int64)
+        for i, (first_row, rows) in enumerate(zip(corner[1:], map_.box[1:], strict=True)):
+            at[i] = first_row + number % rows
+            number = number // rows
         inside = ((at >= 0) & (at < np.array(map_.shape[1:]).reshape(-1, 1))).all(0)
         count = max(last - first, 0) * size
         # The largest unit in which every row can be copied.
