@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import Unsupported
-from .ptx import DTYPES, Instruction, Kernel, split_operands
+from .ptx import DTYPES, Instruction, Kernel, garbage_kept, split_operands
 
 Execute = Callable[..., "bool | None"]  # True: let the scheduler choose who goes on
 
@@ -99,6 +99,14 @@ class Program:
     reads_asynchronously: bool  # wgmma or TMA read shared memory behind the threads' backs
 
 
+@functools.cache
+def _parts(name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Opcode, types and modifiers of "mad.wide.s32"."""
+    opcode, *parts = name.split(".")
+    types = [p for p in parts if p in DTYPES or p in FLOAT8]
+    return opcode, tuple(types), tuple(p for p in parts if p not in types)
+
+
 class Decoder:
     """What a decoder sees of one instruction, and how it gets at the operands."""
 
@@ -121,10 +129,9 @@ class Decoder:
 
     def step(self, instruction: Instruction) -> Step:
         self.instruction = instruction
-        self.opcode, *parts = instruction.name.split(".")
-        self.operands = list(instruction.operands)
-        self.types = [p for p in parts if p in DTYPES or p in FLOAT8]
-        self.modifiers = [p for p in parts if p not in DTYPES and p not in FLOAT8]
+        self.operands = instruction.operands
+        self.opcode, self.types, modifiers = _parts(instruction.name)
+        self.modifiers = list(modifiers)
         try:
             if self.opcode not in _DECODERS:
                 raise Unsupported(f"{self.opcode} is not known")
@@ -174,13 +181,13 @@ class Decoder:
         """The slot that holds an operand as this dtype: a register (its low part if it is wider),
         special register, number or address of a variable.
         """
-        return self._slot("read", operand, np.dtype(dtype))
+        return self._slot("read", operand, dtype)
 
     def write(self, operand: str, dtype: np.dtype) -> int:
         """The slot to store a value of this dtype to.  A wider register is extended by the value's
         sign.
         """
-        return self._slot("write", operand, np.dtype(dtype))
+        return self._slot("write", operand, dtype)
 
     def pair(self, operand: str) -> tuple[str, str | None]:
         first, _, second = operand.partition("|")
@@ -195,16 +202,16 @@ class Decoder:
         base, sign, offset = re.fullmatch(
             r"\[?\s*([\w$%.@]+)\s*(?:([+-])\s*(-?\w+))?\s*\]?", operand
         ).groups()
-        register = self.kernel.registers.get(base)
-        slot = self.read(base, register if register is not None else U64)
+        slot = self.read(base, self.kernel.registers.get(base, U64))
         return Address(slot, int(offset or "0", 0) * (-1 if sign == "-" else 1))
 
     def _slot(self, use: str, operand: str, dtype: np.dtype) -> int:
-        key = (use, operand, dtype)
-        if key not in self._known:
-            self._known[key] = len(self.slots)
+        key = (use, operand, dtype.num)
+        slot = self._known.get(key)
+        if slot is None:
             self.slots.append(self._resolve(use, operand, dtype))
-        return self._known[key]
+            slot = self._known[key] = len(self.slots) - 1
+        return slot
 
     def _resolve(self, use: str, operand: str, dtype: np.dtype):
         kernel = self.kernel
@@ -258,6 +265,7 @@ def _raise_when_reached(reason: str) -> Execute:
 
 
 @functools.lru_cache(maxsize=256)
+@garbage_kept()
 def decode(kernel: Kernel) -> Program:
     """Decoded once per kernel."""
     decoder = Decoder(kernel)

@@ -4,10 +4,13 @@ Nothing is interpreted here.  An instruction keeps its dotted name and its opera
 registers that are declared in an inner scope renamed so that names are unique within a kernel.
 """
 
+import contextlib
 import functools
+import gc
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +30,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     name: str  # "ld.global.v4.b32"
     operands: tuple[str, ...]
     guard: str | None  # predicate register
@@ -42,8 +44,7 @@ class Instruction:
         return f"{guard}{self.name} {', '.join(self.operands)}".rstrip()
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     offset: int
     size: int
 
@@ -106,7 +107,22 @@ _OPERAND = re.compile(r"\([^)]*\)|\{[^}]*\}|\[[^\]]*\]|[^,\s](?:[^,{\[]*[^,{\[\s
 _NAME = re.compile(r"(?<![\w.%$])[%A-Za-z_$][\w$%]*")
 
 
+@contextlib.contextmanager
+def garbage_kept():
+    """Thousands of small objects are made, all of them to stay: collecting would take half of the
+    time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @functools.lru_cache(maxsize=256)
+@garbage_kept()
 def load(text: str) -> dict[str, Kernel]:
     """The kernels of a PTX module, by name.  Parsed once per text."""
     files = dict(_FILE.findall(text))
@@ -232,6 +248,7 @@ class _BodyParser:
         self.registers: dict[str, np.dtype] = {}
         self.variables: list[_Variable] = []
         self.scopes: list[tuple[int, dict[str, str]]] = [(0, {})]
+        self.renames = False  # whether an inner scope has registers
         self.labels: dict[tuple[str, int], int] = {}
         self.source = ""
 
@@ -258,6 +275,7 @@ class _BodyParser:
                 self.scopes.append((scopes_seen, {}))
             else:
                 self.scopes.pop()
+                self.renames = any(names for _, names in self.scopes[1:])
         for index, scopes in branches:
             self._resolve(index, scopes)
 
@@ -267,7 +285,7 @@ class _BodyParser:
         target = next(
             (self.labels[label, s] for s in reversed(scopes) if (label, s) in self.labels), None
         )
-        self.instructions[index] = Instruction(**{**branch.__dict__, "target": target})
+        self.instructions[index] = branch._replace(target=target)
 
     def _statement(self, text: str, line: int) -> int | None:
         """Returns the instruction's index if it is a branch to a label."""
@@ -277,12 +295,14 @@ class _BodyParser:
         guard, negated = None, False
         if text[0] == "@":
             bang, guard, text = _GUARD.match(text).groups()
-            guard, negated = self._rename(guard), bool(bang)
-        name, _, rest = text.replace("\t", " ").replace("\n", " ").partition(" ")
-        operands = tuple(self._rename(o) for o in split_operands(rest))
+            negated = bool(bang)
+        name, *rest = text.split(None, 1)
+        operands = split_operands(rest[0]) if rest else []
+        if self.renames:
+            guard, operands = guard and self._rename(guard), [self._rename(o) for o in operands]
         index = len(self.instructions)
         self.instructions.append(
-            Instruction(name, operands, guard, negated, None, line, self.source)
+            Instruction(name, tuple(operands), guard, negated, None, line, self.source)
         )
         return index if name in ("bra", "bra.uni") else None
 
@@ -295,6 +315,7 @@ class _BodyParser:
                 for full in [f"{name}{i}" for i in range(int(count))] if count else [name]:
                     unique = full if number == 0 else f"{full}@{number}"
                     scope[full] = unique
+                    self.renames |= number > 0
                     self.registers[unique] = DTYPES[kind]
         else:
             variable = _variable(text)
@@ -303,8 +324,6 @@ class _BodyParser:
 
     def _rename(self, operand: str) -> str:
         # Registers of the outermost scope keep their names.
-        if len(self.scopes) == 1 or not any(scope for _, scope in self.scopes[1:]):
-            return operand
         return _NAME.sub(
             lambda m: next((s[m[0]] for _, s in reversed(self.scopes) if m[0] in s), m[0]), operand
         )
@@ -312,6 +331,7 @@ class _BodyParser:
 
 def split_operands(text: str) -> list[str]:
     """ "%r1, [%rd2+4], {%r3, %r4}" to its three operands."""
+    text = " ".join(text.split())
     if "{" in text or "[" in text or "(" in text:
-        return [re.sub(r"\s+", " ", m) for m in _OPERAND.findall(text)]
-    return [o.strip() for o in text.split(",")] if text.strip() else []
+        return _OPERAND.findall(text)
+    return [o.strip() for o in text.split(",")] if text else []

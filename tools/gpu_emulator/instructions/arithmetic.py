@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import Unsupported
 from ..numbers import narrow16, pack16, unpack16, widen16
-from ..program import DTYPES, S64, U16, U32, U64, Decoder, decodes
+from ..program import BOOL, DTYPES, S64, U16, U32, U64, Decoder, decodes
 
 _INTEGER = {
     "add": np.add,
@@ -253,4 +253,4 @@ def _(d: Decoder):
         "number": lambda x: ~np.isnan(x),
         "notanumber": np.isnan,
     }[test]
-    return elementwise(d, function, DTYPES[d.type], result=np.bool_)
+    return elementwise(d, function, DTYPES[d.type], result=BOOL)

@@ -41,7 +41,7 @@ def _(d: Decoder):
     arrives = d.take("arrive") is not None
     if not arrives and d.take("sync") is None:
         raise Unsupported("a barrier that reduces")
-    if len(d.operands) > 1 or d.operands[:1] not in ([], ["0"]):
+    if len(d.operands) > 1 or d.operands[:1] not in ((), ("0",)):
         d.block_barriers_only = False
     barrier = d.read(d.operands[0], U32) if d.operands else None
     expected = d.read(d.operands[1], U32) if len(d.operands) > 1 else None
