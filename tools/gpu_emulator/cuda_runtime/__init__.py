@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import re
 import subprocess
-import sysconfig
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,66 +28,75 @@ from ..ptx import load
 ROOT = Path(__file__).parents[3]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 BINDINGS = sorted((ROOT / "csrc").glob("bindings_cuda*.cpp"))
+RUNTIME = Path(__file__).parent / "runtime.c"
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 
 
-@dataclass
 class Library:
-    """What :func:`build` made.
+    """What :func:`build` made in a directory."""
 
-    Attributes:
-        runtime, module: shared libraries, the second linked with the first.
-        ptx: per architecture, the files of its kernels.
-    """
+    def __init__(self, directory: Path):
+        self.runtime = directory / "libcudart.so.13"
+        self.module = directory / "cuda_emulated.so"
+        self.directory = directory
 
-    runtime: Path
-    module: Path
-    ptx: dict[str, list[Path]]
+    def ptx(self, arch: str) -> list[Path]:
+        """The files of an architecture's kernels."""
+        return sorted(self.directory.glob(f"*.compute_{arch}.ptx"))
+
+
+def sources() -> list[Path]:
+    """All that the result depends on."""
+    csrc = ROOT / "csrc"
+    headers = [*csrc.glob("*.h"), *(csrc / "mix").glob("*.h"), *(csrc / "cuda").glob("*.*h")]
+    return [*sorted(headers), *SOURCES, *BINDINGS, RUNTIME]
 
 
 def build(directory: Path, archs: tuple[str, ...] = ("80", "90a"), nvcc: str = "nvcc") -> Library:
     """Compiles csrc/cuda and its bindings for the emulator.
 
+    directory: for one state of the sources; objects that are there already are taken.
+
     Raises subprocess.CalledProcessError, with the compiler's messages on stderr.
     """
 
-    def compile(*command) -> None:
-        subprocess.run([*map(str, command)], check=True, cwd=ROOT)
+    def compile(target: Path, *command) -> Path:
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                made = Path(scratch) / target.name
+                subprocess.run([*map(str, command), "-o", str(made)], check=True, cwd=ROOT)
+                made.rename(target)
+        return target
 
-    runtime, module = directory / "libcudart.so.13", directory / "_cuda_emulated.so"
+    library = Library(directory)
     compile(
-        "cc", "-O2", "-shared", "-fPIC", f"-Wl,-soname,{runtime.name}", "-o", runtime,
-        Path(__file__).parent / "runtime.c",
+        library.runtime, "cc", "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.runtime.name}",
+        RUNTIME,
     )  # fmt: skip
     objects = []
+    device_code = [nvcc, "-O3", "-std=c++20", "-lineinfo", "-Icsrc", "-ptx"]
+    # Its device code, not even optimised, is never used, and is no binary for any card.
+    host_code = [
+        nvcc, "-O3", "-Xcicc=-O0", "-std=c++20", "-Icsrc", "-cudart=shared", "-Xcompiler=-fPIC",
+        "-gencode=arch=compute_80,code=compute_80", "-c",
+    ]  # fmt: skip
     for source in SOURCES:
-        objects.append(directory / f"{source.stem}.o")
-        # PTX alone: no binary for a card is needed, and none could be launched by mistake.
-        compile(
-            nvcc, "-O3", "-std=c++20", "-lineinfo", "-Icsrc", "-Xcompiler=-fPIC", "-cudart=shared",
-            *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs), "--keep",
-            f"--keep-dir={directory}", "-c", source, "-o", objects[-1],
-        )  # fmt: skip
+        for arch in archs:
+            ptx = directory / f"{source.stem}.compute_{arch}.ptx"
+            compile(ptx, *device_code, f"-arch=compute_{arch}", source)
+        objects.append(compile(directory / f"{source.stem}.o", *host_code, source))
     torch_root = Path(torch.__file__).parent
+    bindings = [
+        "c++", "-O1", "-std=c++20", "-fPIC", "-Icsrc", "-DMOELORA_EMULATED",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_root / "include", "-c",
+    ]  # fmt: skip
     for source in BINDINGS:
-        objects.append(directory / f"{source.stem}.o")
-        compile(
-            "c++", "-O1", "-std=c++20", "-fPIC", "-Icsrc", "-DMOELORA_EMULATED",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_root / "include",
-            f"-I{sysconfig.get_paths()['include']}", "-c", source, "-o", objects[-1],
-        )  # fmt: skip
+        objects.append(compile(directory / f"{source.stem}.o", *bindings, source))
     compile(
-        "c++", "-shared", *objects, "-o", module, runtime, f"-L{torch_root / 'lib'}", "-ltorch_cpu",
-        f"-Wl,-rpath,{directory}",
+        library.module, "c++", "-shared", *objects, library.runtime, f"-L{torch_root / 'lib'}",
+        "-ltorch_cpu", "-Wl,-rpath,$ORIGIN",
     )  # fmt: skip
-    files = {
-        arch: [
-            directory / (f"{s.stem}.compute_{arch}.ptx" if len(archs) > 1 else f"{s.stem}.ptx")
-            for s in SOURCES
-        ]
-        for arch in archs
-    }
-    return Library(runtime, module, files)
+    return library
 
 
 @dataclass
@@ -181,7 +190,7 @@ def emulated_cuda(
     from moelora_ops import ops
 
     kernels = {}
-    for path in library.ptx[arch]:
+    for path in library.ptx(arch):
         kernels |= load(path.read_text())
     if library.module not in _loaded:
         _loaded[library.module] = ctypes.CDLL(str(library.runtime), mode=ctypes.RTLD_GLOBAL)
@@ -201,7 +210,7 @@ def emulated_cuda(
             except RuntimeError:
                 error, device.error = device.error, None
                 if error:
-                    raise error
+                    raise error from None
                 raise
 
         return call

@@ -1,0 +1,352 @@
+"""The CUDA back end: what nvcc made of its kernels, run by the emulator on CPU tensors.
+
+Every launch goes through the package's own bindings and host launchers, and everything that they
+allocate is filled with NaN first.
+"""
+
+import hashlib
+import shutil
+import subprocess
+
+import cases
+import pytest
+import torch
+from cases import Shape, make_inputs, run
+
+from moelora_ops import backends, functional, ops, use_backend
+from moelora_ops.backends import extension
+from moelora_ops.reference import keep_mask
+from tools.gpu_emulator import cuda_runtime
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+SEED = torch.tensor([0x1234567890ABCDE])
+cuda_ops = ops.of("cuda")
+
+
+@pytest.fixture(scope="session")
+def library(request):
+    """Built once for the sources as they are."""
+    compiler = subprocess.run(["nvcc", "--version"], check=True, capture_output=True).stdout
+    contents = b"".join(path.read_bytes() for path in cuda_runtime.sources())
+    key = hashlib.sha256(compiler + torch.__version__.encode() + contents).hexdigest()[:16]
+    place = request.config.cache.mkdir("cuda_emulated") / key
+    if not place.exists():
+        building = place.with_suffix(".building")
+        building.mkdir(exist_ok=True)
+        cuda_runtime.build(building)
+        building.rename(place)
+    return cuda_runtime.Library(place)
+
+
+@pytest.fixture
+def gpu(library, monkeypatch):
+    """Makes an emulated GPU: the cuda back end takes CPU tensors."""
+    table = tuple(
+        row._replace(device="cpu", missing=lambda: "") if row.name == "cuda" else row
+        for row in backends.BACKENDS
+    )
+    monkeypatch.setattr(backends, "BACKENDS", table)
+    monkeypatch.setattr(backends, "_BY_NAME", {row.name: row for row in table})
+    with use_backend("cuda"):
+        yield lambda arch="80", multiprocessors=132, **options: cuda_runtime.emulated_cuda(
+            library, arch, multiprocessors=multiprocessors, **options
+        )
+
+
+def normal(*shape, dtype=F32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def names(device):
+    return [launch.name.removesuffix("_kernel") for launch in device.launches]
+
+
+# ---------------------------------------------------------------- topk
+
+TOKEN = {"dropout": 0.3, "dropout_mode": "token", "seed": SEED}
+EXPERT = {"dropout": 0.3, "dropout_mode": "expert", "seed": SEED}
+SWITCH = {"renormalize": False}
+BALANCE = {"balance": True}
+GROUPED = {"strategy": "grouped"}
+FEW, MANY = 1, 132  # multiprocessors: with few, a block owns all features, and the mix if it can
+
+
+@pytest.mark.parametrize(
+    ("shape", "arch", "dtype", "multiprocessors", "options"),
+    [
+        (Shape(0, 32, 48, 4, 2, 2), "80", BF16, MANY, BALANCE),
+        (Shape(1, 64, 128, 8, 8, 2), "90a", BF16, MANY, {}),
+        (Shape(1, 64, 128, 8, 8, 2), "80", F64, FEW, BALANCE),
+        (Shape(3, 1, 1, 2, 1, 1), "80", F32, FEW, {}),
+        (Shape(3, 1, 1, 2, 1, 1), "80", F16, MANY, TOKEN),
+        (Shape(5, 33, 47, 4, 3, 2), "80", F16, FEW, SWITCH),
+        (Shape(5, 33, 47, 4, 3, 2), "80", F64, MANY, EXPERT | SWITCH | BALANCE | GROUPED),
+        (Shape(15, 257, 129, 8, 4, 2), "90a", F32, FEW, TOKEN),
+        (Shape(16, 257, 129, 8, 4, 2), "80", BF16, MANY, BALANCE | GROUPED),
+        (Shape(17, 128, 64, 1, 8, 1), "80", F32, MANY, EXPERT | BALANCE),
+        (Shape(77, 256, 512, 32, 1, 4), "80", BF16, FEW, BALANCE),
+        (Shape(77, 256, 512, 32, 1, 4), "90a", BF16, MANY, EXPERT),
+        (Shape(130, 200, 136, 8, 8, 2), "90a", BF16, FEW, GROUPED),
+        (Shape(130, 200, 136, 8, 8, 2), "80", F16, MANY, TOKEN | SWITCH | BALANCE),
+        (Shape(40, 128, 130, 3, 4, 3), "80", F64, FEW, TOKEN),
+        (Shape(33, 130, 258, 2, 64, 2), "80", BF16, MANY, TOKEN),
+        (Shape(64, 96, 100, 5, 16, 4), "80", F32, MANY, SWITCH),
+        (Shape(300, 70, 65, 8, 9, 1), "80", BF16, FEW, {}),
+        (Shape(9, 40, 24, 128, 2, 3), "90a", BF16, MANY, EXPERT),
+        (Shape(9, 40, 24, 128, 2, 3), "80", F64, MANY, {}),
+        (Shape(21, 48, 56, 6, 12, 6), "80", F16, FEW, BALANCE),
+        (Shape(513, 17, 19, 4, 2, 2), "80", F32, FEW, {}),
+    ],
+    ids=str,
+)
+def test_topk_matches_reference(gpu, shape, arch, dtype, multiprocessors, options):
+    draws = (6 if shape.T < 10 else 3) if shape.T < 64 else 1
+    on = lambda: gpu(arch, multiprocessors)  # noqa: E731
+    cases.assert_within_budget(shape, dtype, on, draws, **options)
+
+
+# A shape that takes wide copies, two blocks of tokens and several of everything else.
+STANDARD = Shape(70, 200, 136, 8, 8, 2)
+
+
+@pytest.mark.skipif(bool(extension.why_missing()), reason=extension.why_missing())
+@pytest.mark.parametrize("options", (BALANCE, TOKEN | SWITCH), ids=str)
+def test_topk_agrees_with_the_cpu_kernels(gpu, options):
+    """In float64, where both are right to the last bits, and in what they save."""
+    inputs = make_inputs(STANDARD, F64)
+    for strategy in ("stacked", "grouped"):
+        with gpu():
+            got = run(functional.mola, inputs, 2, strategy=strategy, **options)
+        with use_backend("cpu"):
+            want = run(functional.mola, inputs, 2, strategy=strategy, **options)
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12, msg=name)
+    arguments = forward_arguments(F32)
+    with gpu():
+        saved, counts, _ = cuda_ops.topk_forward(*arguments)
+    want_saved, want_counts, _ = ops.of("cpu").topk_forward(*arguments)
+    choices = slice(-40, None)  # int32 bits
+    assert torch.equal(counts, want_counts)
+    assert torch.equal(saved.view(torch.int32)[choices], want_saved.view(torch.int32)[choices])
+    torch.testing.assert_close(saved[:-40], want_saved[:-40])
+
+
+def test_launches(gpu):
+    """Beside the base GEMM: 3 or 2 forward, at most 5 backward."""
+    inputs = make_inputs(STANDARD, BF16)
+    leaves = [t.requires_grad_() for t in (inputs.x, *inputs[3:6])]
+    for multiprocessors, first in ((MANY, ["shrink", "mix"]), (FEW, ["shrink"])):
+        with gpu("80", multiprocessors) as device:
+            y = functional.mola(leaves[0], inputs.weight, None, *leaves[1:], 2, 1.0)
+            assert names(device) == [*first, "expand"]
+            device.launches.clear()
+            torch.autograd.grad(y, leaves, inputs.dy)
+            assert names(device) == [*first, "expand", "outer", "add_parts"]
+
+
+def test_frozen_experts_cost_no_weight_gradients(gpu):
+    inputs = make_inputs(STANDARD, BF16)
+    with gpu() as device:
+        adapter(inputs, range(STANDARD.T))
+    assert names(device) == ["shrink", "mix", "expand", "shrink", "mix", "expand"]
+
+
+def adapter(inputs, rows, **options):
+    """Output and dx of the adapter alone for some tokens."""
+    x = inputs.x[rows].detach().requires_grad_()
+    base = torch.zeros(len(rows), inputs.lora_up.shape[2], dtype=x.dtype)
+    y = functional.mola(
+        x, None, None, inputs.lora_down, inputs.lora_up, inputs.router, 2, 2.0, base_output=base,
+        **options,
+    )  # fmt: skip
+    return y.detach(), *torch.autograd.grad(y, x, inputs.dy[rows])
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [("90a", BF16), ("80", F32)], ids=str)
+def test_a_token_does_not_depend_on_its_neighbours(gpu, arch, dtype):
+    """The same bits alone and among others, wherever the mix runs, however features are split."""
+    inputs = make_inputs(Shape(150, 700, 600, 8, 8, 2), dtype)  # 6 and 5 segments
+    with gpu(arch, FEW) as device:
+        whole = adapter(inputs, range(150))
+    assert [launch.grid[2] for launch in device.launches if launch.name == "shrink_kernel"] == [
+        1,
+        1,
+    ]
+    for multiprocessors in (FEW, MANY):
+        with gpu(arch, multiprocessors) as device:
+            for rows in ([7], [149, 3], list(range(60, 140))):
+                for got, want in zip(adapter(inputs, rows), whole, strict=True):
+                    assert torch.equal(got, want[rows])
+    assert device.launches[0].grid[2] == 6
+
+
+@pytest.mark.parametrize("mode", ("token", "expert"))
+@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+def test_dropout_masks_are_those_of_the_reference(gpu, dtype, mode):
+    """Bit for bit: with one-hot rows the output shows each feature's mask, as does dx."""
+    features, p = 70, 0.4
+    x = torch.ones(3, features, dtype=dtype, requires_grad=True)
+    eye = torch.eye(features, dtype=dtype).expand(2, features, features).contiguous()
+    router = torch.tensor([[1.0], [-1.0]], dtype=dtype).expand(2, features).contiguous()
+    for value, expert in ((0, 0), (2**63 - 2, 1), (-1, 0)):
+        seed = torch.tensor([value])
+        with gpu():
+            y = functional.mola(
+                x, None, None, eye, eye, -router if expert else router, 1, 1.0, dropout=p,
+                dropout_mode=mode, seed=seed, base_output=torch.zeros(3, features, dtype=dtype),
+            )  # fmt: skip
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        want = keep_mask(seed, 3, features, p, expert=expert if mode == "expert" else 0)
+        assert torch.equal(y != 0, want)
+        assert torch.equal(dx != 0, want)
+
+
+def routed(x, router):
+    """y and the routing of experts in rank space."""
+    E, K = router.shape
+    return functional.mola(
+        x, None, None, normal(E, 8, K, dtype=x.dtype, seed=1),
+        normal(E, 8, 136, dtype=x.dtype, seed=2), router, 2, 1.0,
+        base_output=torch.zeros(x.shape[0], 136, dtype=x.dtype), return_routing=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [("80", F32), ("90a", BF16)], ids=str)
+def test_a_token_that_is_not_finite_spoils_no_other(gpu, arch, dtype):
+    """It selects experts that exist, its row is NaN, and all other rows keep their bits."""
+    x, router = normal(70, 200, dtype=dtype), normal(8, 200, dtype=dtype)
+    router[:, 5] = -1
+    spoiled = x.clone()
+    spoiled[3] = float("nan")
+    spoiled[4, 0] = float("inf")  # logits of +inf and -inf
+    spoiled[66, 5] = float("inf")  # all -inf
+    others = [t for t in range(70) if t not in (3, 4, 66)]
+    for multiprocessors in (FEW, MANY):
+        with gpu(arch, multiprocessors):
+            y, routing = routed(spoiled, router)
+            want, _ = routed(x, router)
+        assert torch.equal(y[others], want[others])
+        assert y[[3, 4, 66]].isnan().all()
+        assert routing.counts.sum() == 140 and routing.counts.min() >= 0
+
+
+def test_ties_go_to_the_lower_index(gpu):
+    with gpu():
+        _, routing = routed(torch.zeros(4, 200), normal(8, 200))
+    assert routing.counts.tolist() == [4, 4, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("distance", (41, 48))
+def test_strided_rows(gpu, distance):
+    """Rows that are apart, with wide copies and without; what lies between y's is left alone."""
+    inputs = make_inputs(Shape(9, 40, 40, 4, 3, 2), BF16)
+    memory = torch.full((9, distance), float("nan"), dtype=BF16)
+    memory[:, :40] = inputs.x
+    y_memory = torch.full((9, distance), 7.0, dtype=BF16)
+    arguments = [
+        memory[:, :40], inputs.lora_down, inputs.lora_up, inputs.router, inputs.bias, None,
+        y_memory[:, :40], 2, 0.5, True, 0.0, False, True, False,
+    ]  # fmt: skip
+    with gpu():
+        cuda_ops.topk_forward(*arguments)
+        arguments[0], arguments[6] = inputs.x, torch.empty_like(inputs.x)
+        cuda_ops.topk_forward(*arguments)
+    assert torch.equal(y_memory[:, :40], arguments[6])
+    assert (y_memory[:, 40:] == 7).all()
+
+
+def test_large_offsets(gpu):
+    """Rows beyond 2**31 elements: strides are 64-bit."""
+    x = torch.empty(2**31 + 16, dtype=BF16).as_strided((2, 16), (2**31, 1))
+    i = make_inputs(Shape(2, 16, 24, 4, 2, 2), BF16)
+    x.copy_(i.x)
+    with gpu():
+        got = functional.mola(x, i.weight, None, i.lora_down, i.lora_up, i.router, 2, 1.0)
+        want = functional.mola(i.x, i.weight, None, i.lora_down, i.lora_up, i.router, 2, 1.0)
+    assert torch.equal(got, want)
+
+
+def test_gradcheck(gpu):
+    """Finite differences in float64 through the real kernels."""
+    i = make_inputs(Shape(3, 5, 4, 3, 2, 2), F64)
+    leaves = [t.requires_grad_() for t in (i.x, i.lora_down, i.lora_up, i.router)]
+
+    def function(x, *parameters):
+        y, routing = functional.mola(
+            x, i.weight, i.bias, *parameters, 2, 0.7, renormalize=False, return_routing=True,
+            **EXPERT,
+        )  # fmt: skip
+        return y, routing.prob_sums
+
+    with gpu():
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+# ---------------------------------------------------------------- contracts
+
+
+def forward_arguments(dtype=BF16):
+    i = make_inputs(STANDARD._replace(T=20), dtype)
+    y = torch.zeros(20, STANDARD.N, dtype=dtype)
+    return (
+        i.x, i.lora_down, i.lora_up, i.router, None, None, y, 2, 0.5, True, 0.0, False, True, True,
+    )  # fmt: skip
+
+
+def backward_arguments(dtype=BF16):
+    arguments = forward_arguments(dtype)
+    x, lora_down, lora_up, router = arguments[:4]
+    saved, _, prob_sums = cuda_ops.topk_forward(*arguments)
+    return (
+        normal(20, STANDARD.N, dtype=dtype), x, lora_down, lora_up, router, None, saved,
+        torch.ones_like(prob_sums), torch.zeros_like(x), 2, 0.5, True, 0.0, False, True, True,
+        True, True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("position", "bad", "name"),
+    [
+        (0, normal(20, 199, dtype=BF16), "x"),
+        (0, normal(20, 200), "lora_down"),
+        (2, normal(8, 7, 136, dtype=BF16), "lora_up"),
+        (3, normal(7, 200, dtype=BF16), "router"),
+        (6, normal(19, 136, dtype=BF16), "y"),
+        (7, 9, "top_k"),
+        (7, 0, "top_k"),
+    ],
+)
+def test_operators_called_directly_do_not_leave_their_memory(gpu, position, bad, name):
+    arguments = list(forward_arguments())
+    arguments[position] = bad
+    with gpu() as device, pytest.raises(RuntimeError, match=name):
+        cuda_ops.topk_forward(*arguments)
+    assert not device.launches
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "name"),
+    [(0, (20, 135), "dy"), (6, (7,), "saved"), (7, (7,), "dprob_sums"), (8, (19, 200), "dx")],
+)
+def test_backward_called_directly_does_not_leave_its_memory(gpu, position, shape, name):
+    with gpu():
+        arguments = list(backward_arguments())
+        arguments[position] = torch.zeros(shape, dtype=arguments[position].dtype)
+        with pytest.raises(RuntimeError, match=name):
+            cuda_ops.topk_backward(*arguments)
+
+
+def test_a_launch_that_fails_names_its_kernel(gpu):
+    """Less shared memory than a block needs: the error of the runtime, not of the emulator."""
+    with gpu(shared_bytes=50_000), pytest.raises(RuntimeError, match="shrink: invalid argument"):
+        cuda_ops.topk_forward(*forward_arguments())
+
+
+def test_experts_beyond_shared_memory_are_refused(gpu):
+    x, rows = normal(1, 8), normal(2, 500, 8)
+    with gpu(shared_bytes=4000), pytest.raises(RuntimeError, match="experts: E \\* r = 1000"):
+        cuda_ops.topk_forward(
+            x, rows, rows, normal(2, 8), None, None, x.clone(), 1, 1.0, True, 0.0, False, True, True
+        )
