@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moelora_ops import functional
+from moelora_ops import functional, use_backend
+from moelora_ops.bench import numerics
 from moelora_ops.reference import averaged, gated, mole, mor1e
 
 
@@ -250,3 +252,46 @@ def run(function: Callable[..., Tensor], inputs: Inputs) -> dict[str, Tensor]:
         for n, g in zip(leaves, grads, strict=True)
     }
     return {"y": y.detach()} | named
+
+
+def same_dtype(name: str, variant: str, inputs: Inputs) -> Inputs:
+    """Inputs of the plain implementation, which keeps wide what the kernels keep wide.
+
+    Merged factors are rounded to x's dtype, as tensors of parameters are; with wide weights the
+    reference would merge and multiply in float32 throughout.
+    """
+    if name == "averaged" and "sequence" in variant:
+        return inputs._replace(wide=frozenset()).to(inputs.dy.dtype)
+    return inputs
+
+
+def assert_within_budget(
+    backend: Callable[[], AbstractContextManager], name: str, variant: str, size: Size,
+    dtype: torch.dtype, draws: int, agree_with: str | None = None,
+) -> None:  # fmt: skip
+    """Output and gradients within their error budgets, in the context of `backend`.
+
+    Args:
+        draws: over how many the errors are pooled: a tiny one may flatter the plain version.
+        agree_with: a back end whose results have to be as close as the reference's.
+    """
+    mix = MIXES[name]
+    results = []
+    for seed in range(draws):
+        inputs = make_inputs(name, variant, size, dtype, seed)
+        with backend():
+            got = run(mix.function, inputs)
+        wanted = [run(mix.reference, inputs.to(torch.float64))]
+        if agree_with:
+            with use_backend(agree_with):
+                wanted.append({n: t.double() for n, t in run(mix.function, inputs).items()})
+        plain = run(mix.reference, same_dtype(name, variant, inputs))
+        if "dweights" in plain:
+            plain["dweights"] = plain["dweights"].to(got["dweights"].dtype)
+        results.append((got, plain, *wanted))
+    got, plain, *wanted = (
+        {key: torch.stack([result[key] for result in column]) for key in column[0]}
+        for column in zip(*results, strict=True)
+    )
+    for want in wanted:
+        numerics.check_numerics(f"{name} {variant} {size}", got, plain, want)

@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 
+import mixes
 import pytest
 import torch
 from mixes import MIXES, SIZES, Size, cases, make_inputs, run
 
 from moelora_ops import functional, ops, use_backend
 from moelora_ops.backends import extension
-from moelora_ops.bench import numerics
 
 pytestmark = pytest.mark.skipif(bool(extension.why_missing()), reason=extension.why_missing())
 
@@ -21,32 +21,8 @@ VARIANTS = [pytest.param(n, v, id=f"{n}-{v}") for n, m in MIXES.items() for v in
 
 
 def assert_within_budget(name, variant, size, dtype):
-    """Errors pooled over several draws: a tiny one may flatter the plain version by chance."""
-    got, plain, want = [], [], []
-    mix = MIXES[name]
-    tokens = torch.Size(size.lead).numel()
-    for seed in range(8 if tokens < 64 else 2):
-        inputs = make_inputs(name, variant, size, dtype, seed)
-        with use_backend("cpu"):
-            got.append(run(mix.function, inputs))
-        want.append(run(mix.reference, inputs.to(torch.float64)))
-        plain.append(run(mix.reference, same_dtype(name, variant, inputs)))
-        if "dweights" in plain[-1]:
-            plain[-1]["dweights"] = plain[-1]["dweights"].to(got[-1]["dweights"].dtype)
-    pooled = [{key: torch.stack([r[key] for r in runs]) for key in runs[0]}
-              for runs in (got, plain, want)]  # fmt: skip
-    numerics.check_numerics(f"cpu {name} {variant} {size}", *pooled)
-
-
-def same_dtype(name, variant, inputs):
-    """Inputs of the plain implementation, which keeps wide what the kernels keep wide.
-
-    Merged factors are rounded to x's dtype, as tensors of parameters are; with wide weights the
-    reference would merge and multiply in float32 throughout.
-    """
-    if name == "averaged" and "sequence" in variant:
-        return inputs._replace(wide=frozenset()).to(inputs.dy.dtype)
-    return inputs
+    draws = 8 if torch.Size(size.lead).numel() < 64 else 2
+    mixes.assert_within_budget(lambda: use_backend("cpu"), name, variant, size, dtype, draws)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -405,7 +405,8 @@ def _fused(x: launch.Rows, rows: Tensor, biases: Tensor | None = None) -> tiles.
         x.count, features, E * WIDTH, 0 if biases is None else E, rows.element_size(),
         launch.arch(),
     )  # fmt: skip
-    return tile if tile.parts == 1 and tile.BA >= WIDTH else None
+    # With 128 columns beside the mix, registers spill.
+    return tile if tile.parts == 1 and WIDTH <= tile.BA <= 64 else None
 
 
 def _constants(E: int, r: int, activation: int, columns: int) -> dict:
