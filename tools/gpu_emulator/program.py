@@ -96,6 +96,7 @@ class Program:
     global_unit: int  # and to global memory
     block_barriers_only: bool  # threads of a block synchronise by `bar.sync 0` and in no other way
     global_synchronisation: bool  # blocks may wait for each other: atomics, acquire, release
+    warp_groups: bool  # four warps at a time multiply matrices
     reads_asynchronously: bool  # wgmma or TMA read shared memory behind the threads' backs
 
 
@@ -125,6 +126,7 @@ class Decoder:
         self.global_sizes: set[int] = set()
         self.block_barriers_only = True
         self.global_synchronisation = False
+        self.warp_groups = False
         self.reads_asynchronously = False
 
     def step(self, instruction: Instruction) -> Step:
@@ -279,5 +281,6 @@ def decode(kernel: Kernel) -> Program:
         global_unit=min(decoder.global_sizes, default=16),
         block_barriers_only=decoder.block_barriers_only,
         global_synchronisation=decoder.global_synchronisation,
+        warp_groups=decoder.warp_groups,
         reads_asynchronously=decoder.reads_asynchronously,
     )

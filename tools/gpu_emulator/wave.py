@@ -2,7 +2,7 @@
 
 An instruction acts on all lanes that stand at it at once.  Lanes that diverge are run lowest
 position first, so that they meet again where the paths join; within a warp always, so that `.sync`
-instructions find their lanes.
+instructions find their lanes, and within a warp group if the kernel has wgmma.
 """
 
 import numpy as np
@@ -36,6 +36,10 @@ class Wave:
         self.expected = np.zeros(self.count, np.int64)  # threads there; 0: all of the block
         self.arrived: dict[int, np.ndarray] = {}  # at a barrier without waiting, by block
         self.pc = np.zeros(self.count, np.int64)
+        # Warps that stay together: single ones, or warp groups where these multiply matrices.
+        warp = np.arange(self.warps) % self.warps_per_block
+        starts = warp % (4 if program.warp_groups else 1) == 0
+        self.group, self.group_starts = np.cumsum(starts) - 1, np.flatnonzero(starts)
         self.at = 0  # the step being executed
         self.polls = 0  # in vain, one after the other, with nobody else to run
         self.branches = 0
@@ -207,19 +211,18 @@ class Wave:
         launch = self.launch
         launch.turns += 1
         pcs = np.where(ready, self.pc, NOWHERE)
-        lowest = pcs.reshape(-1, 32).min(1)
+        lowest = np.minimum.reduceat(pcs.reshape(-1, 32).min(1), self.group_starts)
         candidates = np.unique(lowest)
         candidates = candidates[candidates != NOWHERE]
         pc = candidates[0]
         if len(candidates) > 1 and launch.turns % 32 == 0:
-            pc = launch.random.choice(
-                candidates
-            )  # else a warp that spins below would starve the others
-        warps = lowest == pc
+            # Else a warp that spins below would starve the others.
+            pc = launch.random.choice(candidates)
+        groups = lowest == pc
         if launch.shuffles:
-            some = warps & (launch.random.random(len(warps)) < 0.5)
-            warps = some if some.any() else warps
-        mask = (pcs == pc) & np.repeat(warps, 32)
+            some = groups & (launch.random.random(len(groups)) < 0.5)
+            groups = some if some.any() else groups
+        mask = (pcs == pc) & np.repeat(groups[self.group], 32)
         above = pcs[(pcs > pc) & (pcs != NOWHERE)]
         stop = int(above.min()) if len(above) else -1
         return int(pc), True if mask.all() else mask, stop

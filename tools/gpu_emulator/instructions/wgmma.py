@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import Unsupported
+from ..errors import Fault, Unsupported
 from ..program import BOOL, F32, S32, U32, U64, Decoder, decodes
 from .mma import PER_REGISTER, decode_elements, fragment, matrix_a
 
@@ -115,7 +115,7 @@ def _multiply(d: Decoder):
     b_transposed = bool(transposes and transposes[-1])
     a_transposed = bool(len(transposes) == 2 and transposes[0])
     d.shared_sizes.add(16)
-    d.reads_asynchronously = True
+    d.warp_groups = d.reads_asynchronously = True
     flops = 2 * 64 * n * k
 
     def start(wave, mask):
@@ -123,7 +123,7 @@ def _multiply(d: Decoder):
         warps = np.arange(wave.warps) if warps is None else warps
         groups = warps[wave.thread[32 * warps] % 128 == 0] * 32
         if len(groups) * 4 != len(warps):
-            raise Unsupported("wgmma by part of a warp group")
+            raise Fault("not all warps of a warp group are here")
         if not len(groups):
             return
         values = wave.values
