@@ -1,14 +1,16 @@
 """The shared case list of the dense mixes: every implementation must agree on all of it."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
-from moelora_ops import functional, use_backend
+from moelora_ops import functional, ops, use_backend
 from moelora_ops.bench import numerics
 from moelora_ops.reference import averaged, gated, mole, mor1e
 
@@ -295,3 +297,24 @@ def assert_within_budget(
     )
     for want in wanted:
         numerics.check_numerics(f"{name} {variant} {size}", got, plain, want)
+
+
+@contextlib.contextmanager
+def recorded_calls(
+    operators: ops.Operators, names: Iterable[str]
+) -> Iterator[dict[str, list[tuple]]]:
+    """The arguments of the calls of some operators made inside, by name, with tensors copied."""
+    calls = {name: [] for name in names}
+
+    def recorder(name: str, operator: Callable) -> Callable:
+        def call(*arguments):
+            keep = (a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
+            calls[name].append(tuple(keep))
+            return operator(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in calls:
+            patch.setattr(operators, name, recorder(name, getattr(operators, name)))
+        yield calls

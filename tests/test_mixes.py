@@ -187,20 +187,7 @@ OPERATOR_NAMES = (
 @pytest.fixture(scope="module")
 def operator_calls():
     """Real calls of every operator, by its name, as the functions make them."""
-    calls = {name: [] for name in OPERATOR_NAMES}
-    originals = {name: getattr(ops, name) for name in OPERATOR_NAMES}
-
-    def recorder(name):
-        def call(*arguments):
-            keep = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-            calls[name].append(tuple(keep))
-            return originals[name](*arguments)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch, use_backend("cpu"):
-        for name in OPERATOR_NAMES:
-            patch.setattr(ops, name, recorder(name))
+    with use_backend("cpu"), mixes.recorded_calls(ops.of("cpu"), OPERATOR_NAMES) as calls:
         for mix, m in MIXES.items():
             for variant in m.variants:
                 for dtype in (torch.float32, torch.bfloat16):
@@ -220,5 +207,5 @@ def test_opcheck(name, operator_calls):
             continue
         seen.add(kind)
         torch.library.opcheck(
-            getattr(ops, name), arguments, test_utils=("test_schema", "test_faketensor")
+            getattr(ops.of("cpu"), name), arguments, test_utils=("test_schema", "test_faketensor")
         )
