@@ -66,7 +66,14 @@ class Build:
 
     def assembly(self) -> str:
         """The PTX, or AMD's assembly."""
-        with open(self._files["text"]) as file:
+        return self._read("text")
+
+    def intermediate(self) -> str:
+        """Triton's own form of the kernel, before anything of the target is in it."""
+        return self._read("intermediate")
+
+    def _read(self, name: str) -> str:
+        with open(self._files[name]) as file:
             return file.read()
 
     @functools.cached_property
@@ -236,16 +243,22 @@ class _Launcher:
         self.source, self.metadata = source, metadata
         cache = get_cache_manager(metadata.hash)
         extensions = ("ptx", "cubin") if metadata.target.backend == "cuda" else ("amdgcn", "hsaco")
-        text, binary = (cache.get_file(f"{metadata.name}.{e}") for e in extensions)
-        names = source.fn.arg_names
+        names = ("text", "binary", "intermediate")
+        files = {
+            n: cache.get_file(f"{metadata.name}.{e}")
+            for n, e in zip(names, (*extensions, "ttir"), strict=True)
+        }
+        arguments = source.fn.arg_names
         self.build = Build(
             name=metadata.name,
             module=source.fn.module.rpartition(".")[2],
             target=metadata.target,
             warps=metadata.num_warps,
             shared=metadata.shared,
-            options={names[path[0]]: v for path, v in source.constants.items() if len(path) == 1},
-            _files={"text": text, "binary": binary},
+            options={
+                arguments[path[0]]: v for path, v in source.constants.items() if len(path) == 1
+            },
+            _files=files,
         )
 
     def __call__(
