@@ -4,10 +4,13 @@ What is built is decided by the environment, never by the devices of this machin
 
 MOELORA_CPP    auto (default): build if there is a C++ compiler, else install pure Python and say
                so; 0: never; 1: fail without a compiler
-MOELORA_CUDA   reserved for the CUDA back end; only 0 and auto are accepted today
+MOELORA_CUDA   0 (default while it lacks mixes): no CUDA kernels; 1: build them, fail without nvcc;
+               auto: build them if there is nvcc (CUDA_HOME, the path, /usr/local/cuda), else say so
+TORCH_CUDA_ARCH_LIST  for which GPUs, as torch reads it: "8.0;9.0a;10.0a;9.0+PTX" (the default,
+               without a binary for 9.0 beside 9.0a)
 MOELORA_DEBUG  1: -O1 -g, warnings and assertions instead of -O3
 MAX_JOBS       compilations at once (default: processors)
-CXX            the compiler (default: c++ or g++)
+CXX            the compiler (default: c++ or g++), of nvcc's host code too
 
 One binary serves every torch from 2.10 on (LibTorch stable ABI) and every Python from 3.10 on (its
 limited API, abi3).
@@ -15,6 +18,7 @@ limited API, abi3).
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -57,6 +61,55 @@ def find_compiler() -> str | None:
     return None
 
 
+def find_nvcc() -> str | None:
+    wanted = flag("MOELORA_CUDA", ("0", "1", "auto"))
+    if wanted == "0" or COMPILER is None:
+        return None
+    places = (f"{os.environ.get('CUDA_HOME')}/bin", None, "/usr/local/cuda/bin")  # None: the path
+    for place in places:
+        if found := shutil.which("nvcc", path=place):
+            return found
+    if wanted == "1":
+        raise SystemExit("MOELORA_CUDA=1, but no nvcc was found (set CUDA_HOME)")
+    print("moelora_ops: no nvcc found; installing without CUDA kernels")
+    return None
+
+
+def gencode() -> list[str]:
+    """nvcc's flags for the architectures that are wanted."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not wanted:
+        return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100a")] + [
+            "-gencode=arch=compute_90,code=compute_90"
+        ]
+    flags = []
+    for entry in wanted.replace(" ", ";").split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if not match:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: wanted entries such as 8.0, 9.0a or 9.0+PTX, got {entry!r}"
+            )
+        arch = match[1] + match[2]
+        flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    return flags
+
+
+def cuda_libraries() -> list[str]:
+    """Link flags for the static CUDA runtime, whose symbols stay inside."""
+    # nvcc may be a script elsewhere; what it would run names the toolkit.
+    dry = subprocess.run(
+        [NVCC, "--dryrun", "-x", "cu", "-c", os.devnull], check=True, capture_output=True, text=True
+    ).stderr
+    top = Path(re.search(r"^#\$ TOP=(.*)$", dry, re.M)[1].strip())
+    places = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
+    return [
+        *(f"-L{place}" for place in places if place.is_dir()), "-lcudart_static", "-ldl", "-lrt",
+        "-lpthread", "-Wl,--exclude-libs,libcudart_static.a",
+    ]  # fmt: skip
+
+
 class BuildExtension(build_ext):
     """Compiles each source with its own flags, by ninja if it is there, and links one module."""
 
@@ -66,40 +119,53 @@ class BuildExtension(build_ext):
         root, objects = Path(torch.__file__).parent, Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
         debug = flag("MOELORA_DEBUG", ("0", "1")) == "1"
-        common = [
+        host = [
+            *shlex.split(COMPILER),
             *(["-O1", "-g", "-Wall", "-Wextra"] if debug else ["-O3", "-DNDEBUG", "-g0"]),
             "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Icsrc",
         ]  # fmt: skip
         if len(LEVELS) > 1:
-            common.append("-DMOELORA_X86_LEVELS")
-        python = [f"-I{d}" for d in self.compiler.include_dirs]
-        torch_flags = [
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DPy_LIMITED_API=0x030a0000",
-            "-isystem", str(root / "include"), *python,
+            host.append("-DMOELORA_X86_LEVELS")
+        tensors = [
+            *host, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DPy_LIMITED_API=0x030a0000",
+            "-isystem", str(root / "include"), *(f"-I{d}" for d in self.compiler.include_dirs),
         ]  # fmt: skip
-        units = {
-            **{f"bindings_{n}": (f"csrc/bindings_{n}.cpp", torch_flags) for n in BINDINGS},
-            "dispatch": ("csrc/cpu/dispatch.cpp", []),
-        }
+        units = {f"bindings_{n}": (f"csrc/bindings_{n}.cpp", tensors) for n in BINDINGS}
+        units["dispatch"] = ("csrc/cpu/dispatch.cpp", host)
         for level, flags in LEVELS.items():
-            units[f"level_{level}"] = ("csrc/cpu/level.cpp", [f"-DMOELORA_LEVEL={level}", *flags])
-        compile_all(objects, {n: (s, [*common, *f]) for n, (s, f) in units.items()})
+            command = [*host, f"-DMOELORA_LEVEL={level}", *flags]
+            units[f"level_{level}"] = ("csrc/cpu/level.cpp", command)
+        if NVCC:
+            archs = gencode()
+            names = ",".join(a.rsplit("=", 1)[1] for a in archs)
+            units["bindings_cuda"] = (
+                "csrc/bindings_cuda.cpp", [*tensors, f'-DMOELORA_CUDA_ARCHS="{names}"']
+            )  # fmt: skip
+            device = [
+                NVCC, "-ccbin", shlex.split(COMPILER)[0], "-O3", "-std=c++20", "-Icsrc",
+                "-lineinfo" if debug else "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden",
+                *archs,
+            ]  # fmt: skip
+            for source in sorted(Path("csrc/cuda").glob("*.cu")):
+                units[f"cuda_{source.stem}"] = (str(source), device)
+        compile_all(objects, units)
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         run([
             *shlex.split(COMPILER), "-shared", *(str(objects / f"{n}.o") for n in units),
             "-o", str(target), f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu",
-            *([] if debug else ["-s"]),
+            *(cuda_libraries() if NVCC else []), *([] if debug else ["-s"]),
         ])  # fmt: skip
 
 
 def compile_all(objects: Path, units: dict[str, tuple[str, list[str]]]) -> None:
+    """units: name -> source and command without its files."""
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     command = {
-        name: [*shlex.split(COMPILER), *flags, "-MMD", "-MF", str(objects / f"{name}.d"),
-               "-c", source, "-o", str(objects / f"{name}.o")]
-        for name, (source, flags) in units.items()
+        name: [*prefix, "-MMD", "-MF", str(objects / f"{name}.d"), "-c", source,
+               "-o", str(objects / f"{name}.o")]
+        for name, (source, prefix) in units.items()
     }  # fmt: skip
     ninja = shutil.which("ninja")
     if not ninja:
@@ -120,9 +186,8 @@ def run(command: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
-if flag("MOELORA_CUDA", ("auto", "0", "1")) == "1":
-    raise SystemExit("MOELORA_CUDA=1, but this version has no CUDA kernels yet")
 COMPILER = find_compiler()
+NVCC = find_nvcc()
 setup(
     ext_modules=[Extension("moelora_ops._C", [], py_limited_api=True)] if COMPILER else [],
     cmdclass={"build_ext": BuildExtension},

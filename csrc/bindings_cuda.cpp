@@ -170,6 +170,16 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
 
 }  // namespace
 
+#ifdef MOELORA_CUDA_ARCHS
+namespace {
+std::string cuda_archs() { return MOELORA_CUDA_ARCHS; }
+}  // namespace
+STABLE_TORCH_LIBRARY_FRAGMENT(moelora_ops, m) { m.def("cuda_archs() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(moelora_ops, CompositeExplicitAutograd, m) {
+  m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(moelora_ops_cuda, MOELORA_CUDA_KEY, m) {
   m.impl("topk_forward", TORCH_BOX(&topk_forward));
   m.impl("topk_backward", TORCH_BOX(&topk_backward));

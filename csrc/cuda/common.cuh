@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -25,6 +26,28 @@ template <class T>
 struct alignas(16) Chunk {
   T v[kChunk<T>];
 };
+template <class T>
+__device__ __forceinline__ Chunk<T> load_shared(const T* from) {
+  return *reinterpret_cast<const Chunk<T>*>(from);
+}
+template <class T>
+__device__ __forceinline__ void store_shared(T* to, const Chunk<T>& chunk) {
+  *reinterpret_cast<Chunk<T>*>(to) = chunk;
+}
+// The intrinsic is one access; the compiler takes a struct of 16-bit elements apart.
+template <class T>
+__device__ __forceinline__ void store_global(T* to, const Chunk<T>& chunk) {
+  uint4 bits;
+  memcpy(&bits, &chunk, sizeof bits);
+  __stcg(reinterpret_cast<uint4*>(to), bits);
+}
+template <class T>
+__device__ __forceinline__ Chunk<T> load_global(const T* from) {
+  const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(from));
+  Chunk<T> chunk;
+  memcpy(&chunk, &bits, sizeof bits);
+  return chunk;
+}
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
@@ -47,7 +70,7 @@ __device__ __forceinline__ void copy_chunk(T* to, const T* from, int valid, bool
   Chunk<T> chunk;
 #pragma unroll
   for (int i = 0; i < kChunk<T>; ++i) chunk.v[i] = i < valid ? from[i] : T(0.0f);
-  *reinterpret_cast<Chunk<T>*>(to) = chunk;
+  store_shared(to, chunk);
 }
 
 // Columns [c0, c0 + width) of matrix rows into a tile; zeros from `columns` on, and where row(i) is

@@ -97,10 +97,10 @@ __device__ __forceinline__ void write_tokens(const Expand& p, int64_t t0, int64_
     };
     if (aligned && left >= kChunk<T>) {
       Chunk<T> chunk = {};
-      if (start) chunk = *reinterpret_cast<const Chunk<T>*>(start);
+      if (start) chunk = load_global(start);
 #pragma unroll
       for (int j = 0; j < kChunk<T>; ++j) chunk.v[j] = value(j, chunk.v[j]);
-      *reinterpret_cast<Chunk<T>*>(to) = chunk;
+      store_global(to, chunk);
     } else {
       for (int j = 0; j < kChunk<T> && j < left; ++j) to[j] = value(j, start ? start[j] : T(0.0f));
     }
@@ -130,7 +130,7 @@ __device__ void add_statistics(const Statistics& s) {
 
 // Grid: strips x walks, and one block for the statistics if there are any.
 template <class T, bool kMasked>
-__global__ void __launch_bounds__(32 * ExpandTile<T>::kWarps)
+__global__ void __launch_bounds__(32 * ExpandTile<T>::kWarps, 2)
     expand_kernel(const Expand p, int strips, int64_t tiles_per_walk) {
   extern __shared__ __align__(16) char shared[];
   using S = ExpandTile<T>;

@@ -69,7 +69,7 @@ __device__ __forceinline__ void outer_16(
 
 // Grid: the tiles of both products x chunks of tokens.
 template <class T, bool kMasked>
-__global__ void __launch_bounds__(32 * OuterTile<T>::kWarps) outer_kernel(const Outer p) {
+__global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(const Outer p) {
   extern __shared__ __align__(16) char shared[];
   using S = OuterTile<T>;
   using A = acc_t<T>;

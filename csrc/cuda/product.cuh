@@ -78,7 +78,7 @@ struct WideProduct {  // float and double
   };
 
   static __device__ __forceinline__ void load(T (&v)[kDepth], const T* from) {
-    const Chunk<T> chunk = *reinterpret_cast<const Chunk<T>*>(from);
+    const Chunk<T> chunk = load_shared(from);
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) v[k] = chunk.v[k];
   }

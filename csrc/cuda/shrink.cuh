@@ -171,7 +171,7 @@ constexpr int kMixWarps = 4;
 
 // The mix in a kernel of its own, behind partial sums.
 template <class A, class Mix>
-__global__ void __launch_bounds__(32 * kMixWarps)
+__global__ void __launch_bounds__(32 * kMixWarps, 4)
     mix_kernel(const A* partials, int parts, int64_t T, int columns, int tokens, const Mix mix) {
   extern __shared__ __align__(16) char shared[];
   A* tile = reinterpret_cast<A*>(shared);
