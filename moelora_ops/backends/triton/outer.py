@@ -130,7 +130,7 @@ def outer_parts(
     block, part = tl.program_id(0), tl.program_id(1)
     begin = part.to(tl.int64) * span
     end = tl.minimum(begin + span, T)
-    offset = part.to(tl.int64) * part_size
+    offset = part.to(tl.int64) * in_eights(part_size, True)
     if wide_0 is not None and block < blocks_0:
         outer_block(
             wide_0, stride_0, left_0, pitch_0, out_0, left_0b, pitch_0b, out_0b, offset, None,
@@ -156,6 +156,7 @@ def outer_parts(
 def add_block(out, parts, part_size, first, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """out [first : first + BLOCK] of size = sum of parts, part_size apart, in their order."""
     at = first + tl.arange(0, BLOCK)
+    part_size = in_eights(part_size, True)
     total = tl.load(parts + at, mask=at < size, other=0.0)
     for p in tl.static_range(1, PARTS):
         total += tl.load(parts + p * part_size + at, mask=at < size, other=0.0)
