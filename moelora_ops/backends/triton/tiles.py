@@ -112,15 +112,43 @@ def shrink(
     # to add, narrow columns read x again: the first that fills most of the GPU.
     choices = [(128, 1, widest), (128, halves, widest), (64, halves, widest)]
     choices += [(64, segments, widest >> n) for n in range((widest // LEAST_COLUMNS).bit_length())]
-    for BT, parts, BA in choices:
-        columns = cdiv(columns_a, BA)
+    if widest > 64 and halves > 1:
+        del choices[0]
+    for BT, parts, most in choices:
+        BA, columns, BB = _columns(columns_a, columns_b, most, _most_columns(parts, itemsize, arch))
         if cdiv(tokens, BT) * parts * columns * products >= _FULL * arch.multiprocessors:
             break
-    BB = rows_of_product(cdiv(columns_b, columns), MOST_COLUMNS)
     return Shrink(
         parts, spans[parts], columns, BT, SHRINK_STEP[itemsize], BA, BB, BT // 16,
         3 if itemsize == 4 else 4,
     )  # fmt: skip
+
+
+def _most_columns(parts: int, itemsize: int, arch: Arch) -> int:
+    """Columns of both products that a block can have before registers spill.
+
+    A block that walks all features has three accumulators of each; a float32 operand is three
+    bfloat16 ones.
+    """
+    if itemsize == 4:
+        return 80 if arch.name == "sm_80" else 96
+    if parts == 1:
+        return 96
+    return 128 if arch.name == "sm_80" else 192
+
+
+def _columns(columns_a: int, columns_b: int, BA: int, most: int) -> tuple[int, int, int]:
+    """At most BA columns of the first product in a block, so that both have at most `most`.
+
+    Returns:
+        Columns of the first product, blocks that share a row tile, columns of the second.
+    """
+    while True:
+        blocks = cdiv(columns_a, BA)
+        BB = rows_of_product(cdiv(columns_b, blocks), MOST_COLUMNS)
+        if most >= BA + BB or BA == LEAST_COLUMNS:
+            return BA, blocks, BB
+        BA //= 2
 
 
 def fused_shrink(
@@ -134,7 +162,9 @@ def fused_shrink(
     tile = shrink(tokens, features, columns_a, columns_b, itemsize, arch)
     # Blocks that share neither a token's features nor its columns.
     whole = tile.parts == tile.columns == 1
-    return tile if whole and columns_b <= 64 else None
+    # A mix holds several tiles of its columns; with more of them registers spill.
+    few = columns_a <= 64 and columns_b <= (32 if itemsize == 2 else 16)
+    return tile if whole and few else None
 
 
 class Mix(NamedTuple):
@@ -144,9 +174,9 @@ class Mix(NamedTuple):
     warps: int
 
 
-def mix(columns: int) -> Mix:
-    """The tile of a mix with this many columns, padding included: 4096 values in 4 warps."""
-    return Mix(max(1, min(64, 4096 // columns)), 4 if columns <= 4096 else 8)
+def mix(columns: int, values: int = 4096) -> Mix:
+    """The tile of a mix with this many columns, padding included: so many values in 4 warps."""
+    return Mix(max(1, min(64, values // columns)), 4 if columns <= values else 8)
 
 
 class OutputGate(NamedTuple):
@@ -171,8 +201,8 @@ def output_gate(num_experts: int, rank: int) -> OutputGate:
     """The tile of the mix, which depends on nothing else, and so does the order of its sums."""
     E, width = power_of_2(num_experts), power_of_2(rank)
     EP = max(E, LEAST_COLUMNS)
-    C = rows_of_product(E * width, 64)
-    return OutputGate(32 if EP <= 128 else 16, EP, C, min(width, max(128 // EP, 1)), 4)
+    C = rows_of_product(E * width, 32)
+    return OutputGate(16, EP, C, min(width, max(64 // EP, 1)), 4)
 
 
 class Expand(NamedTuple):
@@ -197,7 +227,9 @@ def expand(tokens: int, features: int, rows: int, itemsize: int, arch: Arch) -> 
     """The tile of ``[tokens, rows] x [rows, features]``."""
     small = tokens <= 64 or itemsize == 4
     BT, BN = (64, 64) if small else (128, 128)
-    BR = rows_of_product(rows, 64 if itemsize == 4 else MOST_COLUMNS)
+    BR = rows_of_product(rows, MOST_COLUMNS)
+    if itemsize == 4 and rows > 64:
+        BR = 32
     # Two waves of blocks; a block that walks far reads its columns of the experts once.
     walks = max(1, 2 * arch.multiprocessors // max(cdiv(features, BN), 1))
     walk = BT * max(cdiv(tokens, BT * walks), 1)
@@ -226,8 +258,10 @@ class Outer(NamedTuple):
 
 def outer(tokens: int, features: int, rows: int, itemsize: int, arch: Arch) -> Outer:
     """The tile of ``[rows, tokens] x [tokens, features]``; features of all products together."""
-    BT, BN = (32, 64) if itemsize == 4 else (64, 128)
-    BA = rows_of_product(rows, MOST_COLUMNS)
+    # On sm_80 the transposed tile takes registers too.
+    narrow = arch.name == "sm_80"
+    BT, BN = 32 if narrow or itemsize == 4 else 64, 64 if itemsize == 4 else 128
+    BA = rows_of_product(rows, 64 if narrow or itemsize == 4 else MOST_COLUMNS)
     blocks = max(cdiv(features, BN) * cdiv(rows, BA), 1)
     # At most 8 parts to add, none of fewer than 256 tokens.
     splits = max(1, min(8, cdiv(2 * arch.multiprocessors, blocks), tokens // 256))
