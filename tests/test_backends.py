@@ -243,7 +243,7 @@ def test_a_compiled_layer_follows_the_choice_of_its_thread(built, first):
 
 def test_available_says_why_not(not_built):
     why = dict(backends.available())
-    assert why.keys() == {"cpu", "triton", "reference"}
+    assert why.keys() == {"cpu", "cuda", "triton", "reference"}
     assert why["cpu"] == "the compiled extension is not built"
     assert why["reference"] == ""
 

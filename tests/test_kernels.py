@@ -681,16 +681,17 @@ def test_reads_end_where_the_rows_end(modules, levels_here, level):
 # A new name must be looked up in that version's torch/csrc/stable/c/shim.h or
 # torch/csrc/inductor/aoti_torch/c/shim.h.
 TORCH_SYMBOLS = """
-    aoti_torch_abi_version aoti_torch_delete_library_object aoti_torch_delete_tensor_object
-    aoti_torch_device_type_cpu aoti_torch_dtype_bfloat16 aoti_torch_dtype_bool
-    aoti_torch_dtype_complex128 aoti_torch_dtype_complex32 aoti_torch_dtype_complex64
-    aoti_torch_dtype_float16 aoti_torch_dtype_float32 aoti_torch_dtype_float64
-    aoti_torch_dtype_float8_e4m3fn aoti_torch_dtype_float8_e4m3fnuz aoti_torch_dtype_float8_e5m2
-    aoti_torch_dtype_float8_e5m2fnuz aoti_torch_dtype_int16 aoti_torch_dtype_int32
-    aoti_torch_dtype_int64 aoti_torch_dtype_int8 aoti_torch_dtype_uint16 aoti_torch_dtype_uint32
-    aoti_torch_dtype_uint64 aoti_torch_dtype_uint8 aoti_torch_empty_strided aoti_torch_get_dim
-    aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_sizes
-    aoti_torch_get_stride aoti_torch_is_contiguous aoti_torch_library_def
+    aoti_torch_abi_version aoti_torch_create_device_guard aoti_torch_delete_device_guard
+    aoti_torch_delete_library_object aoti_torch_delete_tensor_object aoti_torch_device_type_cpu
+    aoti_torch_dtype_bfloat16 aoti_torch_dtype_bool aoti_torch_dtype_complex128
+    aoti_torch_dtype_complex32 aoti_torch_dtype_complex64 aoti_torch_dtype_float16
+    aoti_torch_dtype_float32 aoti_torch_dtype_float64 aoti_torch_dtype_float8_e4m3fn
+    aoti_torch_dtype_float8_e4m3fnuz aoti_torch_dtype_float8_e5m2 aoti_torch_dtype_float8_e5m2fnuz
+    aoti_torch_dtype_int16 aoti_torch_dtype_int32 aoti_torch_dtype_int64 aoti_torch_dtype_int8
+    aoti_torch_dtype_uint16 aoti_torch_dtype_uint32 aoti_torch_dtype_uint64 aoti_torch_dtype_uint8
+    aoti_torch_empty_strided aoti_torch_get_device_index aoti_torch_get_device_type
+    aoti_torch_get_dim aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size
+    aoti_torch_get_sizes aoti_torch_get_stride aoti_torch_is_contiguous aoti_torch_library_def
     aoti_torch_library_init_fragment aoti_torch_library_init_impl aoti_torch_new_tensor_handle
     torch_get_const_data_ptr torch_get_mutable_data_ptr torch_library_impl torch_new_string_handle
     torch_parallel_for
