@@ -342,9 +342,11 @@ class AveragedMixture(torch.autograd.Function):
         x, weight, _, _, _, _, ctx.backend, *tensors = arguments[:11]
         y, hidden = averaged_mixture(*arguments)
         need = ctx.needs_input_grad
-        kept = x if need[1] or any(need[7:9]) else None
-        ctx.save_for_backward(kept, weight, *tensors, hidden)
         ctx.shape, ctx.mix = x.shape, arguments[11:]
+        _, _, merged = ctx.mix
+        # Merged, the weights' gradient comes from that of the factors.
+        kept = x if need[1] or any(need[7:9]) or (merged and need[9]) else None
+        ctx.save_for_backward(kept, weight, *tensors, hidden)
         return y
 
     @staticmethod

@@ -82,6 +82,20 @@ def test_gradcheck(name, variant):
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_a_gradient_alone_is_the_same(name, variant):
+    """Whatever else is frozen, and so neither computed nor saved."""
+    inputs = make_inputs(name, variant, Size((2, 20), 24, 40, 3, 2), torch.float32)
+    leaves = [n for n in inputs.tensors if n not in inputs.fixed]
+    with use_backend("cpu"):
+        everything = run(MIXES[name].function, inputs)
+        for only in leaves:
+            frozen = inputs._replace(fixed=frozenset(inputs.tensors) - {only})
+            alone = run(MIXES[name].function, frozen)[f"d{only}"]
+            # The base GEMM goes first or last, whichever is cheaper.
+            torch.testing.assert_close(alone, everything[f"d{only}"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_same_bits_for_every_number_of_threads(name, variant):
     inputs = make_inputs(name, variant, Size((2, 140), 130, 258, 4, 6), torch.float32)
     threads = torch.get_num_threads()
