@@ -19,17 +19,15 @@ from . import outer as _outer
 from . import shrink as _shrink
 from .device import (
     NO_KEY,
-    exponentials,
     in_eights,
     load_table,
     order_key,
     padded,
-    shares,
-    softmax_backward,
-    sum_runs,
+    row_softmax,
+    row_softmax_backward,
     table_row,
 )
-from .shrink import add_parts
+from .shrink import add_counted
 
 # ---------------------------------------------------------------- row mathematics
 
@@ -57,28 +55,25 @@ def of_down(hidden, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
-def sum_over_down(v, BT: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):
-    """[BT, P2] of [BT, P1, P2]."""
-    return tl.reshape(sum_runs(tl.permute(v, [0, 2, 1]), P1), [BT, P2])
-
-
-@triton.jit
-def sum_over_up(v, BT: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, DIAGONAL: tl.constexpr):
+def sum_over_up(v, DIAGONAL: tl.constexpr):
     """[BT, rows of down] of [BT, P1, P2]."""
-    if DIAGONAL:
-        return tl.reshape(v, [BT, P2])
-    else:
-        return tl.reshape(sum_runs(v, P2), [BT, P1])
+    return tl.sum(v, 1) if DIAGONAL else tl.sum(v, 2)
 
 
 @triton.jit
-def softmax_of(logits, exists):
-    """Probabilities [BT, columns] of logits, of which `exists` [columns] says which there are."""
-    p = exponentials(logits, tl.where(exists[None, :], order_key(logits), NO_KEY))
-    return shares(p, p)
+def gate_keys(logits, exists):
+    """:func:`order_key` of logits [BT, columns]; NO_KEY where `exists` [columns] is false."""
+    return tl.where(exists[None, :], order_key(logits), NO_KEY)
 
 
 # ---------------------------------------------------------------- kernels
+
+# Numbers that depend on the tokens, and pointers to what callers own: a row's sums go in an order
+# that the compiler chooses, so a token needs the same kernel whatever there is beside it.
+_NOT_SPECIALIZED = [
+    "T", "parts", "hidden_parts", "omega", "beta", "intuition", "count", "row_map",
+    "tokens_per_row", "token_scale", "task_scale",
+]  # fmt: skip
 
 
 @triton.jit
@@ -91,11 +86,11 @@ def load_intuition(
     return tl.where(exists_gate[None, :], load_table(intuition, count, GATES, row, gate), 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "count", "tokens_per_row"])
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def mix(
     logits_parts, hidden_parts, saved, omega, beta, intuition, count, row_map, tokens_per_row,
-    mixed, T, pitch, token_scale, task_scale, PARTS: tl.constexpr, R1: tl.constexpr,
-    R2: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, DIAGONAL: tl.constexpr, BT: tl.constexpr,
+    mixed, T, pitch, token_scale, task_scale, parts, R1: tl.constexpr, R2: tl.constexpr,
+    P1: tl.constexpr, P2: tl.constexpr, DIAGONAL: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """From a shrink's parts to `mixed` [T, R2]; a single part lies in `saved`.  Grid: row tiles.
 
@@ -115,29 +110,28 @@ def mix(
     mask_gate = exists[:, None] & exists_gate[None, :]
     mask_down = exists[:, None] & (down < DOWN)[None, :]
     tokens = T.to(tl.int64)
-    logits = add_parts(logits_parts, at_gate, tokens * GATES, mask_gate, PARTS)
-    hidden = add_parts(hidden_parts, at_down, tokens * DOWN, mask_down, PARTS)
-    if PARTS > 1:
-        tl.store(saved + at_gate, logits, mask=mask_gate)
-        tl.store(saved + tokens * GATES + at_down, hidden, mask=mask_down)
+    logits = add_counted(logits_parts, at_gate, tokens * GATES, mask_gate, parts)
+    hidden = add_counted(hidden_parts, at_down, tokens * DOWN, mask_down, parts)
+    tl.store(saved + at_gate, logits, mask=mask_gate & (parts > 1))
+    tl.store(saved + tokens * GATES + at_down, hidden, mask=mask_down & (parts > 1))
 
     a, b, s = load_scales(omega, beta, token_scale, task_scale)
-    gates = a * softmax_of(logits, exists_gate)
+    gates = a * row_softmax(logits, gate_keys(logits, exists_gate))
     if intuition is not None:
         gates += b * load_intuition(
             intuition, count, row_map, tokens_per_row, rows, exists, gate, exists_gate, GATES
         )
     gates = tl.reshape(gates, [BT, P1, P2])
-    out = s * sum_over_down(gates * of_down(hidden, DIAGONAL), BT, P1, P2)
+    out = s * tl.sum(gates * of_down(hidden, DIAGONAL), 1)
     at = mixed + rows[:, None] * in_eights(pitch, True) + up[None, :]
     tl.store(at, out.to(mixed.dtype.element_ty), mask=exists[:, None] & (up < R2)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "count", "tokens_per_row"])
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def mix_backward(
     dmixed_parts, saved, omega, beta, intuition, count, row_map, tokens_per_row, dlogits, dhidden,
     mixed, dscalars, dintuition, T, pitch_gates, pitch_down, pitch_up, token_scale, task_scale,
-    PARTS: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    parts, R1: tl.constexpr, R2: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     DIAGONAL: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """From the parts of a shrink of dy to the gradients of logits and hidden.  Grid: row tiles.
@@ -165,10 +159,10 @@ def mix_backward(
     at = saved + tokens * GATES + rows[:, None] * DOWN + down[None, :]
     hidden = of_down(tl.load(at, mask=mask_down, other=0.0), DIAGONAL)
     at = rows[:, None] * R2 + up[None, :]
-    dmixed = add_parts(dmixed_parts, at, tokens * R2, mask_up, PARTS)
+    dmixed = add_counted(dmixed_parts, at, tokens * R2, mask_up, parts)
 
     a, b, s = load_scales(omega, beta, token_scale, task_scale)
-    p = softmax_of(logits, exists_gate)
+    p = row_softmax(logits, gate_keys(logits, exists_gate))
     gates = a * p
     if intuition is not None:
         external = load_intuition(
@@ -180,17 +174,17 @@ def mix_backward(
     dgates = tl.reshape(s * hidden * dout, [BT, P1 * P2])
 
     dtype = dlogits.dtype.element_ty
-    out = softmax_backward(p, a * dgates).to(dtype)
+    out = row_softmax_backward(p, a * dgates).to(dtype)
     at = dlogits + rows[:, None] * in_eights(pitch_gates, True) + gate[None, :]
     tl.store(at, out, mask=mask_gate)
-    out = (s * sum_over_up(gates * dout, BT, P1, P2, DIAGONAL)).to(dtype)
+    out = (s * sum_over_up(gates * dout, DIAGONAL)).to(dtype)
     at = dhidden + rows[:, None] * in_eights(pitch_down, True) + down[None, :]
     tl.store(at, out, mask=mask_down)
     if dintuition is not None:
         tl.store(dintuition + at_gate, b * dgates, mask=mask_gate)
     if mixed is not None:
         # H' / s first, so that the gradient of s needs no division by an s that may be 0.
-        out = sum_over_down(gates * hidden, BT, P1, P2)
+        out = tl.sum(gates * hidden, 1)
         at = mixed + rows[:, None] * in_eights(pitch_up, True) + up[None, :]
         tl.store(at, (s * out).to(dtype), mask=mask_up)
         _, slope = sharp_sigmoid(tl.load(beta).to(tl.float32))
@@ -308,10 +302,10 @@ def _check(
 
 
 def _mix(kernel, T: int, r1: int, r2: int, diagonal: bool, *arguments) -> None:
-    """Launch a row kernel over T tokens; the last of its arguments is PARTS."""
+    """Launch a row kernel over T tokens."""
     R1, P1 = (1, 1) if diagonal else (r1, tiles.power_of_2(r1))
     P2 = tiles.power_of_2(r2)
-    tile = tiles.mix(P1 * P2)
+    tile = tiles.mix(P1 * P2, 1024)  # all parts of a shrink are loaded at once
     if T:
         kernel[(tiles.cdiv(T, tile.BT),)](
             *arguments, R1=R1, R2=r2, P1=P1, P2=P2, DIAGONAL=diagonal, BT=tile.BT,

@@ -1,10 +1,10 @@
 """The output gate: weights from the experts' outputs, computed in rank space (docs/math.md, MoLE).
 
 Row mathematics as in csrc/mix/output_gate.h; P, the factors R_e and the means are named there.  Two
-steps of it are products: hidden [T, E * r] times P [E * r, E], and each expert's hidden times its
-factor.  A tile of BT tokens walks hidden in chunks of C columns, each of which is several whole
-experts, their ranks padded to WIDTH (a power of two), or a piece of one.  Groups are what experts
-share chunks, or chunks share an expert: the least number of whole chunks and whole experts.
+steps are products: hidden [T, E * r] times P [E * r, E], and each expert's hidden times its factor.
+A tile of BT tokens walks hidden in chunks of C columns, experts padded to WIDTH, a power of two: a
+chunk has several whole experts, or is a piece of one.  A group is a chunk of several experts, or
+one expert in several chunks.
 """
 
 import torch
@@ -17,8 +17,8 @@ from . import expand as _expand
 from . import launch, tiles
 from . import outer as _outer
 from . import shrink as _shrink
-from .device import exponentials, in_eights, padded, row_keys, shares, softmax_backward, sum_runs
-from .shrink import add_parts
+from .device import in_eights, padded, row_keys, row_softmax, row_softmax_backward
+from .shrink import add_counted
 
 # The numbers of ops.NORMALIZATIONS.
 NONE: tl.constexpr = tl.constexpr(ops.NORMALIZATIONS["none"])
@@ -49,22 +49,25 @@ def feeds(fed, expert, exists):
 
 
 @triton.jit
-def load_fed(
-    hidden, fed, rows, exists, T, q, E: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
-    C: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Chunk q of the tokens `rows`, int64 [BT]; zero for experts that do not feed the gate."""
+def load_fed(tile, q, E: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
+    """Chunk q of hidden, zero for experts that do not feed the gate: [BT, C].
+
+    Args:
+        tile: hidden [parts, T, E * RANK], parts, T as int64, fed, and of the tile's tokens their
+            indices, int64 [BT], and which exist.
+    """
+    hidden, parts, T, fed, rows, exists = tile
     expert, column, exists_column = chunk_columns(q, E, RANK, WIDTH, C)
     mask = exists[:, None] & feeds(fed, expert, exists_column)[None, :]
     R: tl.constexpr = E * RANK
-    return add_parts(hidden, rows[:, None] * R + column[None, :], T.to(tl.int64) * R, mask, PARTS)
+    return add_counted(hidden, rows[:, None] * R + column[None, :], T * R, mask, parts)
 
 
 @triton.jit
 def load_factors(
     factors, q, p, E: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr
 ):
-    """The factors at [chunk q, chunk p]: R_e[i, j], zero for columns of two experts."""
+    """The factors at [columns of chunk q, columns of chunk p]: R_e[i, j], zero for two experts."""
     expert, column, exists = chunk_columns(q, E, RANK, WIDTH, C)
     other, source, exists_source = chunk_columns(p, E, RANK, WIDTH, C)
     at = factors + column[:, None] * RANK + (source - other * RANK)[None, :]
@@ -74,14 +77,14 @@ def load_factors(
 
 @triton.jit
 def rotated(
-    hidden, fed, factors, rows, exists, T, group, piece, E: tl.constexpr, RANK: tl.constexpr,
-    WIDTH: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    tile, factors, group, piece, BT: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A piece of a group of R_e H_e, an expert's output in an orthonormal basis: [BT, C]."""
+    """A piece of a group of R_e H_e, the outputs in an orthonormal basis: [BT, C]."""
     PIECES: tl.constexpr = (WIDTH + C - 1) // C
-    z = tl.zeros([rows.shape[0], C], tl.float32)
+    z = tl.zeros([BT, C], tl.float32)
     for p in range(piece, PIECES):  # R_e is upper triangular
-        h = load_fed(hidden, fed, rows, exists, T, group * PIECES + p, E, RANK, WIDTH, C, PARTS)
+        h = load_fed(tile, group * PIECES + p, E, RANK, WIDTH, C)
         f = load_factors(factors, group * PIECES + piece, group * PIECES + p, E, RANK, WIDTH, C)
         z = tl.dot(h, f.T, z, input_precision=PRECISION)
     return z
@@ -89,10 +92,10 @@ def rotated(
 
 @triton.jit
 def load_projection(
-    projection, q, E: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
-    EP: tl.constexpr,
+    projection, q, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """P of chunk q: [C, EP]."""
+    """P at the columns of chunk q: [C, EP]."""
     _, column, exists = chunk_columns(q, E, RANK, WIDTH, C)
     n = tl.arange(0, EP)
     at = projection + column[:, None] * E + n[None, :]
@@ -100,53 +103,26 @@ def load_projection(
 
 
 @triton.jit
-def sum_experts(v, GROUP: tl.constexpr):
-    """Sums over the columns [BT, C] of each expert of a chunk: [BT, GROUP]."""
-    return tl.reshape(sum_runs(v, v.shape[1] // GROUP), [v.shape[0], GROUP])
+def load_last_row(projection, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr):
+    """The row of P that a layer norm's mean meets: [EP]."""
+    n = tl.arange(0, EP)
+    return tl.load(projection + E * RANK * E + n, mask=n < E, other=0.0)
 
 
 @triton.jit
-def of_columns(v, C: tl.constexpr):
-    """v [BT, GROUP], a number per expert of a chunk, at its columns: [BT, C]."""
-    BT: tl.constexpr = v.shape[0]
-    GROUP: tl.constexpr = v.shape[1]
-    return tl.reshape(tl.broadcast_to(v[:, :, None], [BT, GROUP, C // GROUP]), [BT, C])
+def sum_experts(v, EXPERTS: tl.constexpr):
+    """v [BT, EXPERTS * columns of each], summed over those: [BT, EXPERTS]."""
+    return tl.sum(tl.reshape(v, [v.shape[0], EXPERTS, v.shape[1] // EXPERTS]), 2)
+
+
+@triton.jit
+def times_experts(v, weights):
+    """v [BT, EXPERTS * columns of each] times a weight of each expert [BT, EXPERTS]."""
+    apart = tl.reshape(v, [v.shape[0], weights.shape[1], v.shape[1] // weights.shape[1]])
+    return tl.reshape(apart * weights[:, :, None], v.shape)
 
 
 # ---------------------------------------------------------------- row mathematics
-
-
-@triton.jit
-def expert_means(
-    hidden, fed, means, rows, exists, T, group, E: tl.constexpr, RANK: tl.constexpr,
-    WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Means of the outputs of a group's experts: [BT, GROUP]."""
-    PIECES: tl.constexpr = (WIDTH + C - 1) // C
-    total = tl.zeros([rows.shape[0], GROUP], tl.float32)
-    for piece in range(PIECES):
-        q = group * PIECES + piece
-        h = load_fed(hidden, fed, rows, exists, T, q, E, RANK, WIDTH, C, PARTS)
-        _, column, exists_column = chunk_columns(q, E, RANK, WIDTH, C)
-        m = tl.load(means + column, mask=exists_column, other=0.0)
-        total += sum_experts(h * m[None, :], GROUP)
-    return total
-
-
-@triton.jit
-def expert_inverses(
-    hidden, fed, factors, rows, exists, T, group, E: tl.constexpr, RANK: tl.constexpr,
-    WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """1 / norm of the outputs of a group's experts: [BT, GROUP]."""
-    square = tl.zeros([rows.shape[0], GROUP], tl.float32)
-    for piece in range((WIDTH + C - 1) // C):
-        z = rotated(
-            hidden, fed, factors, rows, exists, T, group, piece, E, RANK, WIDTH, C, PARTS, PRECISION
-        )
-        square += sum_experts(z * z, GROUP)
-    return inverse_norm(square)
 
 
 @triton.jit
@@ -157,6 +133,35 @@ def inverse_norm(square):
 
 
 @triton.jit
+def expert_inverses(
+    tile, factors, group, BT: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """1 / norm of the outputs of a group's experts: [BT, GROUP]."""
+    square = tl.zeros([BT, GROUP], tl.float32)
+    for piece in range((WIDTH + C - 1) // C):
+        z = rotated(tile, factors, group, piece, BT, E, RANK, WIDTH, C, PRECISION)
+        square += sum_experts(z * z, GROUP)
+    return inverse_norm(square)
+
+
+@triton.jit
+def expert_means(
+    tile, means, group, BT: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
+    C: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Means of the outputs of a group's experts: [BT, GROUP]."""
+    PIECES: tl.constexpr = (WIDTH + C - 1) // C
+    total = tl.zeros([BT, GROUP], tl.float32)
+    for piece in range(PIECES):
+        h = load_fed(tile, group * PIECES + piece, E, RANK, WIDTH, C)
+        _, column, exists = chunk_columns(group * PIECES + piece, E, RANK, WIDTH, C)
+        m = tl.load(means + column, mask=exists, other=0.0)
+        total += sum_experts(h * m[None, :], GROUP)
+    return total
+
+
+@triton.jit
 def count_feeding(fed, E: tl.constexpr, EP: tl.constexpr):
     e = tl.arange(0, EP)
     return tl.sum(feeds(fed, e, e < E).to(tl.float32), 0)
@@ -164,86 +169,67 @@ def count_feeding(fed, E: tl.constexpr, EP: tl.constexpr):
 
 @triton.jit
 def gate(
-    hidden, fed, projection, factors, means, rows, exists, T, N, E: tl.constexpr,
-    RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
-    GROUP: tl.constexpr, NORMALIZATION: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    tile, projection, factors, means, N, BT: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr,
+    EP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    NORMALIZATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ε = normalise(hidden) P of the tokens `rows`, int64 [BT].
+    """ε = normalise(hidden) P of a tile of tokens, see :func:`load_fed`.
 
     Returns:
         ε [BT, EP]; 1 / norm [BT] where all experts share it, else 1; and the mean [BT] that a layer
         norm subtracts, else 0.
     """
-    BT: tl.constexpr = rows.shape[0]
     GROUPS: tl.constexpr = (E + GROUP - 1) // GROUP
     PIECES: tl.constexpr = (WIDTH + C - 1) // C
+    fed = tile[3]
     inverse, mean = tl.full([BT], 1.0, tl.float32), tl.zeros([BT], tl.float32)
     if NORMALIZATION == LAYERNORM:
         feeding = count_feeding(fed, E, EP)
         total = tl.zeros([BT, GROUP], tl.float32)
         for group in range(GROUPS):
-            total += expert_means(
-                hidden, fed, means, rows, exists, T, group, E, RANK, WIDTH, C, GROUP, PARTS
-            )
-        mean = sum_runs(total, GROUP) / feeding
+            total += expert_means(tile, means, group, BT, E, RANK, WIDTH, C, GROUP)
+        mean = tl.sum(total, 1) / feeding
+
     logits, squares = tl.zeros([BT, EP], tl.float32), tl.zeros([BT, C], tl.float32)
     spread = tl.zeros([BT, GROUP], tl.float32)
     for group in range(GROUPS):
         if NORMALIZATION == PER_EXPERT:
             inverses = expert_inverses(
-                hidden, fed, factors, rows, exists, T, group, E, RANK, WIDTH, C, GROUP, PARTS,
-                PRECISION,
-            )  # fmt: skip
+                tile, factors, group, BT, E, RANK, WIDTH, C, GROUP, PRECISION
+            )
         for piece in range(PIECES):
-            q = group * PIECES + piece
-            h = load_fed(hidden, fed, rows, exists, T, q, E, RANK, WIDTH, C, PARTS)
+            h = load_fed(tile, group * PIECES + piece, E, RANK, WIDTH, C)
             if NORMALIZATION == PER_EXPERT:
-                h = h * of_columns(inverses, C)
+                h = times_experts(h, inverses)
             elif NORMALIZATION != NONE:
-                z = rotated(
-                    hidden, fed, factors, rows, exists, T, group, piece, E, RANK, WIDTH, C, PARTS,
-                    PRECISION,
-                )  # fmt: skip
+                z = rotated(tile, factors, group, piece, BT, E, RANK, WIDTH, C, PRECISION)
                 squares += z * z
-            p = load_projection(projection, q, E, RANK, WIDTH, C, EP)
+            p = load_projection(projection, group * PIECES + piece, E, RANK, EP, WIDTH, C)
             logits += tl.dot(h, p, input_precision=PRECISION)
         if NORMALIZATION == LAYERNORM:
-            of_each = expert_means(
-                hidden, fed, means, rows, exists, T, group, E, RANK, WIDTH, C, GROUP, PARTS
-            )
-            difference = fed_only(of_each - mean[:, None], fed, group, E)
+            e = group * GROUP + tl.arange(0, GROUP)
+            difference = expert_means(tile, means, group, BT, E, RANK, WIDTH, C, GROUP)
+            difference = tl.where(feeds(fed, e, e < E)[None, :], difference - mean[:, None], 0.0)
             spread += difference * difference
+
     if NORMALIZATION == L2:
-        inverse = inverse_norm(sum_runs(squares, C))
+        inverse = inverse_norm(tl.sum(squares, 1))
         logits *= inverse[:, None]
     if NORMALIZATION == LAYERNORM:
-        variance = (sum_runs(squares, C) / N + sum_runs(spread, GROUP)) / feeding
+        variance = (tl.sum(squares, 1) / N + tl.sum(spread, 1)) / feeding
         inverse = 1 / tl.sqrt(variance + VARIANCE_EPSILON)
-        row = load_last_row(projection, E, RANK, EP)
-        logits = (logits + mean[:, None] * row[None, :]) * inverse[:, None]
+        last = load_last_row(projection, E, RANK, EP)
+        logits = (logits + mean[:, None] * last[None, :]) * inverse[:, None]
     return logits, inverse, mean
 
 
-@triton.jit
-def fed_only(v, fed, group, E: tl.constexpr):
-    """v [BT, GROUP] of a group's experts, zero for those that do not feed the gate."""
-    e = group * v.shape[1] + tl.arange(0, v.shape[1])
-    return tl.where(feeds(fed, e, e < E)[None, :], v, 0.0)
+# ---------------------------------------------------------------- kernels
 
-
-@triton.jit
-def load_last_row(projection, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr):
-    """What a layer norm's mean is multiplied by, [EP]."""
-    n = tl.arange(0, EP)
-    return tl.load(projection + E * RANK * E + n, mask=n < E, other=0.0)
-
-
-@triton.jit
-def weigh(v, weights, S: tl.constexpr):
-    """weights [BT, EP] times v [BT, EP * S], S columns of each expert."""
-    BT: tl.constexpr = weights.shape[0]
-    EP: tl.constexpr = weights.shape[1]
-    return tl.reshape(tl.reshape(v, [BT, EP, S]) * weights[:, :, None], [BT, EP * S])
+# Numbers that depend on the tokens, and pointers to what callers own: a row's sums go in an order
+# that the compiler chooses, so a token needs the same kernel whatever there is beside it.
+_NOT_SPECIALIZED = [
+    "T", "N", "parts", "dgates", "projection", "factors", "means", "scales", "tau", "mask", "fed",
+]  # fmt: skip
 
 
 @triton.jit
@@ -254,39 +240,33 @@ def slice_columns(j, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, S: t
     return expert * RANK + row, (expert < E) & (row < RANK)
 
 
-# ---------------------------------------------------------------- kernels
-
-
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def mix(
-    hidden_parts, saved, projection, factors, means, scales, tau, mask, gates, mixed, T, N, pitch,
-    PARTS: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr,
-    WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
-    NORMALIZATION: tl.constexpr, MASK_INPUT: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr,
+    hidden_parts, parts, saved, projection, factors, means, scales, tau, mask, fed, gates, mixed, T,
+    N, pitch, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
+    C: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, NORMALIZATION: tl.constexpr,
+    BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From a shrink's parts to gates [T, E] and `mixed` [T, E * RANK].  Grid: row tiles.
 
     Args:
         saved: float32 [T, E * RANK], hidden; written unless a single part lies there.
-        mask: bool [E] or None; MASK_INPUT if it also says what feeds the gate.
+        mask, fed: bool [E] or None, which experts may be used and which feed the gate.
         mixed: pitch (in eights) from row to row.
     """
     R: tl.constexpr = E * RANK
     rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     exists = rows < T
+    tokens = T.to(tl.int64)
     n = tl.arange(0, EP)
     logits, _, _ = gate(
-        hidden_parts, mask if MASK_INPUT else None, projection, factors, means, rows, exists, T, N,
-        E, RANK, EP, WIDTH, C, GROUP, NORMALIZATION, PARTS, PRECISION,
+        (hidden_parts, parts, tokens, fed, rows, exists), projection, factors, means, N, BT, E,
+        RANK, EP, WIDTH, C, GROUP, NORMALIZATION, PRECISION,
     )  # fmt: skip
     logits *= 1 / tl.load(tau)
     if mask is not None:
-        logits = tl.where(
-            (tl.load(mask + n, mask=n < E, other=0) != 0)[None, :], logits, float("-inf")
-        )
-    p = exponentials(logits, row_keys(logits, E))
-    g = shares(p, p)
+        logits = tl.where(feeds(mask, n, n < E)[None, :], logits, float("-inf"))
+    g = row_softmax(logits, row_keys(logits, E))
     tl.store(gates + rows[:, None] * E + n[None, :], g, mask=exists[:, None] & (n < E)[None, :])
 
     weights = g * tl.load(scales + n, mask=n < E, other=0.0)[None, :]
@@ -294,26 +274,25 @@ def mix(
         column, exists_column = slice_columns(j, E, RANK, EP, S)
         at = rows[:, None] * R + column[None, :]
         mask_h = exists[:, None] & exists_column[None, :]
-        h = add_parts(hidden_parts, at, T.to(tl.int64) * R, mask_h, PARTS)
-        if PARTS > 1:
-            tl.store(saved + at, h, mask=mask_h)
+        h = add_counted(hidden_parts, at, tokens * R, mask_h, parts)
+        tl.store(saved + at, h, mask=mask_h & (parts > 1))
         at = mixed + rows[:, None] * in_eights(pitch, True) + column[None, :]
-        tl.store(at, weigh(h, weights, S).to(mixed.dtype.element_ty), mask=mask_h)
+        tl.store(at, times_experts(h, weights).to(mixed.dtype.element_ty), mask=mask_h)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def mix_backward(
-    dmixed_parts, hidden, gates, dgates, projection, factors, means, scales, tau, mask, dhidden,
-    normalized, dlogits, dtau, T, N, pitch, PARTS: tl.constexpr, E: tl.constexpr,
-    RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
-    GROUP: tl.constexpr, S: tl.constexpr, NORMALIZATION: tl.constexpr, MASK_INPUT: tl.constexpr,
-    PRECISION: tl.constexpr, BT: tl.constexpr,
+    dmixed_parts, parts, hidden, gates, dgates, projection, factors, means, scales, tau, fed,
+    dhidden, normalized, dlogits, dtau, T, N, pitch, E: tl.constexpr, RANK: tl.constexpr,
+    EP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
+    NORMALIZATION: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the parts of a shrink of dy to all gradients.  Grid: row tiles.
 
     Args:
         hidden, gates: as the forward pass left them.
         dgates: float32 [T, E], what reaches the gates from elsewhere, or None.
+        fed: bool [E] or None, which experts feed the gate.
         dhidden: [T, E * RANK], pitch (in eights) from row to row; written unless None.
         normalized: float32 [T, rows of P], written: what P is multiplied by.
         dlogits: float32 [T, E], written: the gradient of ε.
@@ -326,10 +305,10 @@ def mix_backward(
     exists = rows < T
     tokens = T.to(tl.int64)
     n = tl.arange(0, EP)
-    fed = mask if MASK_INPUT else None
+    tile = (hidden, 1, tokens, fed, rows, exists)
     logits, inverse, mean = gate(
-        hidden, fed, projection, factors, means, rows, exists, T, N, E, RANK, EP, WIDTH, C, GROUP,
-        NORMALIZATION, 1, PRECISION,
+        tile, projection, factors, means, N, BT, E, RANK, EP, WIDTH, C, GROUP, NORMALIZATION,
+        PRECISION,
     )  # fmt: skip
 
     # Through the mix into the gates, and through the softmax.
@@ -341,45 +320,42 @@ def mix_backward(
         at = rows[:, None] * R + column[None, :]
         mask_h = exists[:, None] & exists_column[None, :]
         h = tl.load(hidden + at, mask=mask_h, other=0.0)
-        dh = add_parts(dmixed_parts, at, tokens * R, mask_h, PARTS)
-        dg += tl.reshape(sum_runs(h * dh, S), [BT, EP])
+        d = add_counted(dmixed_parts, at, tokens * R, mask_h, parts)
+        dg += sum_experts(h * d, EP)
     dg *= tl.load(scales + n, mask=n < E, other=0.0)[None, :]
     if dgates is not None:
         dg += tl.load(dgates + at_n, mask=mask_n, other=0.0)
     inverse_tau = 1 / tl.load(tau)
-    delta = inverse_tau * softmax_backward(tl.load(gates + at_n, mask=mask_n, other=0.0), dg)
-    along = sum_runs(delta * logits, EP)
+    g = tl.load(gates + at_n, mask=mask_n, other=0.0)
+    delta = inverse_tau * row_softmax_backward(g, dg)
+    along = tl.sum(delta * logits, 1)
     tl.store(dlogits + at_n, delta, mask=mask_n)
     tl.store(dtau + rows, -inverse_tau * along, mask=exists)
 
     # Through the product with P and the norm ν: with u = H / ν, dH = du / ν - <du, u> dν/dH / ν.
     if NORMALIZATION == LAYERNORM:
         feeding = count_feeding(fed, E, EP)
-        dmean = sum_runs(delta * load_last_row(projection, E, RANK, EP)[None, :], EP)
+        dmean = tl.sum(delta * load_last_row(projection, E, RANK, EP)[None, :], 1)
         tl.store(normalized + rows * ROWS + R, mean * inverse, mask=exists)
     inverses = tl.broadcast_to(inverse[:, None], [BT, GROUP])
     alongs = tl.broadcast_to(along[:, None], [BT, GROUP])
     for group in range((E + GROUP - 1) // GROUP):
         if NORMALIZATION == PER_EXPERT:
             inverses = expert_inverses(
-                hidden, fed, factors, rows, exists, T, group, E, RANK, WIDTH, C, GROUP, 1, PRECISION
+                tile, factors, group, BT, E, RANK, WIDTH, C, GROUP, PRECISION
             )
             alongs = tl.zeros([BT, GROUP], tl.float32)
             for piece in range(PIECES):
-                q = group * PIECES + piece
-                u = load_fed(hidden, fed, rows, exists, T, q, E, RANK, WIDTH, C, 1)
-                p = load_projection(projection, q, E, RANK, WIDTH, C, EP)
-                du = tl.dot(delta, p.T, input_precision=PRECISION)
-                alongs += sum_experts(du * u, GROUP)
+                h = load_fed(tile, group * PIECES + piece, E, RANK, WIDTH, C)
+                p = load_projection(projection, group * PIECES + piece, E, RANK, EP, WIDTH, C)
+                alongs += sum_experts(tl.dot(delta, p.T, input_precision=PRECISION) * h, GROUP)
             alongs *= inverses
         # What R_eᵀ R_e H_e is multiplied by.  A norm that was clamped is a constant.
         turn = alongs * inverses * inverses
         if NORMALIZATION == LAYERNORM:
-            of_each = expert_means(
-                hidden, fed, means, rows, exists, T, group, E, RANK, WIDTH, C, GROUP, 1
-            )
-            dmeans = (dmean * inverse)[:, None] - turn * (of_each - mean[:, None])
-            dmeans /= feeding
+            difference = expert_means(tile, means, group, BT, E, RANK, WIDTH, C, GROUP)
+            difference -= mean[:, None]
+            dmeans = ((dmean * inverse)[:, None] - turn * difference) / feeding
             turn /= N * feeding
         else:
             turn = tl.where(inverses >= inverse_norm(tl.zeros_like(inverses)), 0.0, turn)
@@ -387,30 +363,27 @@ def mix_backward(
             q = group * PIECES + piece
             expert, column, exists_column = chunk_columns(q, E, RANK, WIDTH, C)
             mask_h = exists[:, None] & exists_column[None, :]
-            u = load_fed(hidden, fed, rows, exists, T, q, E, RANK, WIDTH, C, 1)
-            u *= of_columns(inverses, C)
+            u = times_experts(load_fed(tile, q, E, RANK, WIDTH, C), inverses)
             tl.store(normalized + rows[:, None] * ROWS + column[None, :], u, mask=mask_h)
             if dhidden is not None:
-                p = load_projection(projection, q, E, RANK, WIDTH, C, EP)
-                dh = tl.dot(delta, p.T, input_precision=PRECISION) * of_columns(inverses, C)
+                p = load_projection(projection, q, E, RANK, EP, WIDTH, C)
+                dh = times_experts(tl.dot(delta, p.T, input_precision=PRECISION), inverses)
                 if NORMALIZATION != NONE:
                     back = tl.zeros([BT, C], tl.float32)
                     for i in range(piece + 1):
-                        z = rotated(
-                            hidden, fed, factors, rows, exists, T, group, i, E, RANK, WIDTH, C, 1,
-                            PRECISION,
-                        )  # fmt: skip
+                        z = rotated(tile, factors, group, i, BT, E, RANK, WIDTH, C, PRECISION)
                         f = load_factors(factors, group * PIECES + i, q, E, RANK, WIDTH, C)
                         back = tl.dot(z, f, back, input_precision=PRECISION)
-                    dh -= of_columns(turn, C) * back
+                    dh -= times_experts(back, turn)
                 if NORMALIZATION == LAYERNORM:
                     m = tl.load(means + column, mask=exists_column, other=0.0)
-                    dh += of_columns(dmeans, C) * m[None, :]
+                    dh += times_experts(tl.broadcast_to(m[None, :], [BT, C]), dmeans)
                 dh = tl.where(feeds(fed, expert, exists_column)[None, :], dh, 0.0)
                 at = rows[:, None] * R + column[None, :]
-                d = add_parts(dmixed_parts, at, tokens * R, mask_h, PARTS)
-                g = tl.load(gates + rows[:, None] * E + expert[None, :], mask=mask_h, other=0.0)
-                dh += tl.load(scales + expert, mask=exists_column, other=0.0)[None, :] * g * d
+                d = add_counted(dmixed_parts, at, tokens * R, mask_h, parts)
+                w = tl.load(gates + rows[:, None] * E + expert[None, :], mask=mask_h, other=0.0)
+                w *= tl.load(scales + expert, mask=exists_column, other=0.0)[None, :]
+                dh += w * d
                 at = dhidden + rows[:, None] * in_eights(pitch, True) + column[None, :]
                 tl.store(at, dh.to(dhidden.dtype.element_ty), mask=mask_h)
 
@@ -434,8 +407,8 @@ def output_gate_forward(
     mixed = launch.workspace(x, T, E * r)
     parts, _, count = _shrink.run(rows, lora_down, None, hidden)
     _mix(
-        mix, T, E, r, normalization, mask, mask_input, parts, hidden, projection, factors, means,
-        scales, tau, mask, gates, mixed.data, T, N, mixed.stride, count,
+        mix, T, E, r, normalization, parts, count, hidden, projection, factors, means, scales, tau,
+        mask, mask if mask_input else None, gates, mixed.data, T, N, mixed.stride,
     )  # fmt: skip
     _expand.run(out, mixed, lora_up, accumulate=accumulate, bias=bias)
     return hidden, gates
@@ -464,9 +437,9 @@ def output_gate_backward(
     dhidden = launch.workspace(dx, T, E * r) if need_dx else None
     parts, _, count = _shrink.run(dy_rows, lora_up)
     _mix(
-        mix_backward, T, E, r, normalization, mask, mask_input, parts, hidden, gates, dgates,
-        projection, factors, means, scales, tau, mask, dhidden and dhidden.data, normalized,
-        dlogits, dtau, T, N, launch.pitch(E * r), count,
+        mix_backward, T, E, r, normalization, parts, count, hidden, gates, dgates, projection,
+        factors, means, scales, tau, mask if mask_input else None, dhidden and dhidden.data,
+        normalized, dlogits, dtau, T, N, launch.pitch(E * r),
     )  # fmt: skip
     if need_dx:
         _expand.run(dx_rows, dhidden, lora_down, accumulate=accumulate)
@@ -505,17 +478,13 @@ def _check_wide(t: Tensor, shape: tuple[int, ...], name: str) -> None:
         )
 
 
-def _mix(
-    kernel, T: int, E: int, r: int, normalization: int, mask: Tensor | None, mask_input: bool,
-    *arguments,
-) -> None:  # fmt: skip
-    """Launch a row kernel over T tokens; the last of its arguments is PARTS."""
+def _mix(kernel, T: int, E: int, r: int, normalization: int, *arguments) -> None:
+    """Launch a row kernel over T tokens."""
     tile = tiles.output_gate(E, r)
-    WIDTH = tiles.power_of_2(r)
+    width = tiles.power_of_2(r)
     if T:
         kernel[(tiles.cdiv(T, tile.BT),)](
-            *arguments, E=E, RANK=r, EP=tile.EP, WIDTH=WIDTH, C=tile.C,
-            GROUP=max(tile.C // WIDTH, 1), S=tile.S, NORMALIZATION=normalization,
-            MASK_INPUT=mask_input and mask is not None, PRECISION=launch.precision(torch.float32),
-            BT=tile.BT, **launch.options(tile.warps, 1),
+            *arguments, E=E, RANK=r, EP=tile.EP, WIDTH=width, C=tile.C,
+            GROUP=max(tile.C // width, 1), S=tile.S, NORMALIZATION=normalization, BT=tile.BT,
+            PRECISION=launch.precision(torch.float32), **launch.options(tile.warps, 1),
         )  # fmt: skip
