@@ -12,7 +12,7 @@ import pytest
 
 from moelora_ops.bench.mola import MOLA
 from moelora_ops.bench.numerics import NumericsError
-from moelora_ops.bench.runner import BASE, Settings, make_call, prepare
+from moelora_ops.bench.runner import BASE, Call, Settings, prepare
 
 CASES = [(case, direction) for case in MOLA.cases for direction in case.directions]
 
@@ -37,6 +37,6 @@ def test_time(benchmark, case, direction, variant):
     if variant not in ready.layers:
         pytest.skip(ready.skipped.get(variant, "the same as another variant in this dtype"))
     benchmark.group = f"{case.name} {case.dtype} {direction}: {case}"
-    call = make_call(ready.layers[variant], ready.x, ready.dy, direction)
+    call = Call(ready.layers[variant], ready.x, ready.dy, direction)
     call()
     benchmark(call)

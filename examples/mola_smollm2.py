@@ -45,7 +45,8 @@ from variants import (
 
 import moelora_ops
 from moelora_ops.backends.extension import isa_level
-from moelora_ops.bench.runner import Settings, peak_bytes, time_rounds
+from moelora_ops.bench.devices import Cpu
+from moelora_ops.bench.runner import Settings, time_rounds
 
 console = Console()
 
@@ -195,7 +196,7 @@ def measure(
             call()  # the optimizer makes its state in the first step
             costs[name] = {
                 "trainable": sum(p.numel() for p in trainers[name].parameters),
-                "peak_mib": peak_bytes(call) / 2**20,
+                "peak_mib": Cpu().peak_bytes(call) / 2**20,
             }
     with stage("Measuring the time of a training step, in rounds of all variants"):
         samples, _ = time_rounds(

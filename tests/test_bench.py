@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +13,15 @@ from torch import nn
 
 from moelora_ops import backends, bench
 from moelora_ops.bench import __main__ as command
-from moelora_ops.bench import report, runner
+from moelora_ops.bench import devices, report, runner
 from moelora_ops.bench.baselines import (
     ExpertLoopMoLALinear,
     FastStackedMoLALinear,
+    GroupedMoLALinear,
     StackedMoLALinear,
     TouchedLinear,
 )
+from moelora_ops.bench.devices import Cpu
 from moelora_ops.bench.method import DTYPES, Variant
 from moelora_ops.bench.mola import MOLA, MoLACase, floors, make_inputs, near_ties, reference_layer
 from moelora_ops.bench.numerics import (
@@ -102,6 +106,32 @@ def test_baselines_take_any_leading_shape(baseline, tiny):
     torch.testing.assert_close(folded, y.view(5, 8, -1), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_the_grouped_baseline_computes_the_same(dtype, top_k):
+    """In the shapes that its kernel takes; one expert gets no token."""
+    case = replace(TINY, dtype=dtype, in_features=32, out_features=24, rank=8, top_k=top_k)
+    layer, x, dy = make_inputs(case)
+    with torch.no_grad():
+        layer.router[1] = 0
+        layer.router[0] = -layer.router[2]  # of these two one is above 0, so above expert 1
+        layer.router[3] = -layer.router[2] * 2
+    x = x[~near_ties(x, layer.router, top_k, 0.02)]
+    dy = dy[: len(x)]
+    want = run(reference_layer(layer, torch.float64), x.double(), dy.double())
+    literal = run(reference_layer(layer, x.dtype), x, dy)
+    got = run(GroupedMoLALinear.from_reference(layer), x, dy)
+    check_numerics("grouped", got, literal, want, factor=4)
+    if top_k == 1:
+        assert not got["dlora_down"][1].any() and got["dlora_down"][2].any()
+
+
+def test_the_grouped_baseline_is_for_gpus(tiny):
+    layer, _, _ = tiny
+    (grouped,) = (v for v in MOLA.variants if v.name == "grouped-mm")
+    assert grouped.build(replace(TINY, dtype="bf16", rank=8), layer) is None
+
+
 def test_baselines_share_parameters(tiny):
     layer, _, _ = tiny
     for baseline in BASELINES:
@@ -154,6 +184,8 @@ def test_stacked_compiles_into_one_graph(tiny):
         (MoLACase("c", "bf16", 9, 2048, 2048, 32, 1, 4), "train", 0.0703125, 0.015625),
         (MoLACase("c", "fp32", 1, 10, 100, 3, 2, 1), "train", 1.035, 0.355),
         (MoLACase("c", "fp32", 1, 2048, 2048, 8, 8, 8), "train", 0.099609375, 0.099609375),
+        # For dx alone half of that is added: N Er + K (Er + E) and N kr + K (kr + k).
+        (MoLACase("c", "fp32", 1, 10, 100, 3, 2, 1), "dx", 0.69, 0.24),
     ],
 )
 def test_floors(case, direction, dense, sparse):
@@ -307,13 +339,200 @@ def test_peak_bytes_by_hand():
         del b, c
 
     kept = torch.empty(8 * mib, dtype=torch.uint8)  # from before: not counted
-    assert runner.peak_bytes(step) == 4 * mib
+    assert Cpu().peak_bytes(step) == 4 * mib
     del kept
+
+
+def test_dx_alone_trains_nothing():
+    ready = runner.prepare(MOLA, TINY, "dx", QUICK)
+    assert all(errors.keys() == {"y", "dx"} for errors in ready.errors.values())
+    call = runner.Call(ready.layers["ours"], ready.x, ready.dy, "dx")
+    call()
+    assert [leaf.shape for leaf in call.leaves] == [ready.x.shape]
+    assert call.x.grad.shape == ready.x.shape
+    assert all(p.grad is None for p in ready.layer.parameters())
+    call.release()
+    assert call.x.grad is None
+
+
+def test_ours_competes_on_several_back_ends():
+    """Once on each, whatever is chosen around it."""
+    ran_on = set()
+    method = with_ours(lambda case, layer: Noted(layer, ran_on))
+    settings = QUICK._replace(backends=("reference", "cpu"), variants=("stacked", "ours"))
+    record = runner.run_case(method, TINY, "train", settings)
+    assert record["variants"].keys() == {"base", "touch", "stacked", "ours-reference", "ours-cpu"}
+    assert record["backend"] == "reference, cpu"
+    assert ran_on == {"reference", "cpu"}
+
+
+class Noted(nn.Module):
+    """Ours, which notes the back end that it runs on."""
+
+    def __init__(self, layer, ran_on):
+        super().__init__()
+        self.layer, self.ran_on = layer, ran_on
+
+    def forward(self, x):
+        self.ran_on.add(backends.choose(x.device, x.dtype))
+        return self.layer(x)
+
+
+def test_least_bytes_by_hand(tiny):
+    layer, x, dy = tiny
+    adapter = 4 * 3 * 24 + 4 * 3 * 20 + 4 * 24  # down, up, router
+    once = 4 * (40 * 24 + 40 * 20 + adapter)
+    for direction, times in (("forward", 1), ("dx", 2), ("train", 3)):
+        assert runner.least_bytes(layer, x, dy, direction) == times * once
+
+
+class FakeCuda:
+    """What the benchmark uses of ``torch.cuda``; the device takes 3 ms for a call."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            FakeCuda.trace.append("event")
+
+        def synchronize(self):
+            FakeCuda.trace.append("wait")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    trace: tuple = ()
+
+    @staticmethod
+    def get_device_properties():
+        return SimpleNamespace(L2_cache_size=1024, uuid="0")
+
+    @staticmethod
+    def synchronize():
+        pass
+
+    @staticmethod
+    def _sleep(cycles):
+        FakeCuda.trace.append(("sleep", cycles))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The benchmark's CUDA device on a fake of ``torch.cuda``, its buffer on the CPU."""
+    FakeCuda.trace = []
+    fake = SimpleNamespace(
+        cuda=FakeCuda, uint8=torch.uint8, int32=torch.int32,
+        zeros=lambda *size, dtype, device: torch.zeros(*size, dtype=dtype),
+    )  # fmt: skip
+    monkeypatch.setattr(devices, "torch", fake)
+    return devices.Cuda()
+
+
+def test_a_gpu_sample_is_one_call_that_the_device_finds_queued(cuda):
+    """Timed by the device, which sleeps for twice as long as the host needs to queue the call."""
+
+    def call():
+        FakeCuda.trace.append("call")
+        time.sleep(2e-3)
+
+    assert cuda.sample(call) == pytest.approx(3e-3)
+    assert FakeCuda.trace[:5] == ["call"] * 5  # how long that is
+    (_, cycles), *rest = FakeCuda.trace[5:]
+    assert cycles / 2e9 > 4e-3 and rest == ["event", "call", "event", "wait"]
+    FakeCuda.trace.clear()
+    cuda.sample(call)
+    assert FakeCuda.trace.count("call") == 1
+    cuda.calibrate(call)
+    assert cuda.sample(call) and FakeCuda.trace.count("call") == 7
+
+
+class FakeGpu(Cpu):
+    """The CPU under a GPU's rules."""
+
+    copy_rate = 1e9
+    graphs = 0
+
+    def captured(self, call):
+        if isinstance(call.layer, ExpertLoopMoLALinear):
+            raise AssertionError("it waits for the device")
+        if isinstance(call.layer, StackedMoLALinear):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        self.graphs += 1
+        return lambda: call()
+
+    def host_seconds(self, call):
+        return 0.5
+
+    def clocks(self):
+        return {"clocks.sm": "1980 MHz"}
+
+    def facts(self):
+        return {
+            "name": "NVIDIA Z80", "driver": "1.0", "cuda": "13.0", "triton": "3.6",
+            "copy_bytes_per_second": 1e9, "clocks": self.clocks(),
+        }  # fmt: skip
+
+
+def test_a_gpu_case(monkeypatch, capsys, tmp_path):
+    """Graphs instead of calls, a floor by memory, the host's time; in the tables too."""
+    gpu = FakeGpu()
+    monkeypatch.setattr(devices, "device", lambda name: gpu)
+    settings = QUICK._replace(graphs=True)
+    record = runner.run_case(MOLA, TINY, "train", settings)
+    assert record["variants"].keys() == {"base", "touch", "ours"} and gpu.graphs == 3
+    skipped = record["skipped"]
+    assert "which no CUDA graph can hold" in skipped["expert-loop"]
+    why = "CUDA graph: RuntimeError: operation not permitted when stream is capturing"
+    assert skipped["stacked"] == why
+    layer, x, dy = make_inputs(TINY)
+    seconds = runner.least_bytes(layer, x, dy, "train") / 1e9
+    base_seconds = record["variants"]["base"]["median_ms"] / 1e3
+    assert record["floors"] == {"memory": pytest.approx(seconds / base_seconds)}
+    ours = record["variants"]["ours"]
+    assert ours["times_floor"] == pytest.approx(ours["overhead"] / record["floors"]["memory"])
+    assert ours["host_ms"] == 500 and record["clocks"] == {"clocks.sm": "1980 MHz"}
+
+    document = report.header(MOLA, settings, ["mola"]) | {"cases": [record]}
+    report.print_record(record)
+    report.write_markdown(tmp_path / "run.md", document)
+    shown, written = capsys.readouterr().out, (tmp_path / "run.md").read_text()
+    assert "tiny fp32 train in CUDA graphs" in shown and "% memory;" in " ".join(shown.split())
+    assert "host ms" in shown and "500.000" in shown
+    assert ", NVIDIA Z80\n" in written and "driver 1.0, CUDA 13.0, torch " in written
+    assert "at the start clocks.sm 1980 MHz." in written and "| 500.000 |" in written
+    assert "NVIDIA Z80, torch" in report.draw_plot(document).get_suptitle()
+
+
+def test_what_does_not_fit_is_skipped_or_refused():
+    class TooLarge(StackedMoLALinear):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA")
+
+    large = Variant("large", lambda case, layer: TooLarge.from_reference(layer))
+    method = MOLA._replace(variants=(*MOLA.variants, large))
+    record = runner.run_case(method, TINY, "forward", QUICK)
+    assert record["skipped"]["large"] == "out of memory" and "large" not in record["variants"]
+    record = runner.run_case(with_ours(large.build), TINY, "forward", QUICK)
+    assert record["refused"] == "out of memory"
+
+
+@pytest.mark.parametrize("method", bench.METHODS.values(), ids=lambda method: method.name)
+def test_gpu_cases(method):
+    """Names are keys; gradients are taken where nobody would mind the rounding of one token."""
+    names = [case.name for case in method.gpu_cases]
+    assert len(set(names)) == len(names)
+    for case in method.gpu_cases:
+        assert f"-t{case.tokens}" in case.name
+        assert case.directions == (
+            ("forward", "dx", "train") if case.tokens >= 512 else ("forward",)
+        )
+        assert all(floor > 0 for d in case.directions for floor in method.floors(case, d))
 
 
 def test_training_call_makes_fresh_gradients(tiny):
     layer, x, dy = tiny
-    call = runner.make_call(layer, x, dy, "train")
+    call = runner.Call(layer, x, dy, "train")
     call()
     first = layer.lora_up.grad
     call()
@@ -464,7 +683,7 @@ def test_plot_has_one_panel_per_case():
     def record(case, **overheads):
         variants = {name: {"overhead": overhead} for name, overhead in overheads.items()}
         return {
-            "case": case, "dtype": "bf16", "direction": "forward", "shape": "T=1",
+            "case": case, "dtype": "bf16", "direction": "forward", "graphs": False, "shape": "T=1",
             "floors": {"dense": 0.06, "sparse": 0.02}, "variants": {"base": {}, **variants},
             "coarse": {"loop": "loop: y: rms error"} if "loop" in variants else {},
         }  # fmt: skip
@@ -476,7 +695,9 @@ def test_plot_has_one_panel_per_case():
     ]
     facts = {"machine": {"cpu": "z80"}, "threads": 1, "torch": "2.10"}
     refused = {"refused": "wrong"}
-    figure = report.draw_plot({"method": "mola", "info": facts, "cases": [*cases, refused]})
+    figure = report.draw_plot(
+        {"method": "mola", "info": facts, "device": None, "cases": [*cases, refused]}
+    )
     panels = figure.axes
     assert [panel.get_title() for panel in panels] == [f"{c} bf16 forward: T=1" for c in "abc"]
     stacked, loop, ours = (bar.get_width() for bar in panels[0].patches)
@@ -493,6 +714,11 @@ def test_list_and_selection(capsys):
         "t1       bf16  T=1 K=4096 N=4096 E=8 r=8 k=2  forward",
         "dense    bf16  T=1024 K=2048 N=2048 E=8 r=8 k=8  forward, train",
     ]
+    argv = ["mola", "--list", "--device", "cuda", "--case", "up-t1", "--direction", "all"]
+    assert command.main(argv) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "up-t1    bf16  T=1 K=4096 N=11008 E=8 r=8 k=2  forward, dx, train"
+    ]
     assert command.main(["mola", "--list", "--rank", "4", "--direction", "train"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "custom   bf16  T=1024 K=2048 N=2048 E=8 r=4 k=2  train",
@@ -507,6 +733,10 @@ def test_list_and_selection(capsys):
         (["--tokens", "0"], "tokens: wanted at least 1, got 0"),
         (["--rounds", "0"], "--rounds: wanted more than 0, got 0"),
         (["--case", "t3"], "invalid choice"),
+        (["--case", "qkvo-t8", "t1"], "--case: not for cpu: qkvo-t8"),
+        (["--device", "cuda", "--case", "qkvo-t8", "t1"], "--case: not for cuda: t1"),
+        (["--graphs"], "--graphs: wanted --device cuda, got cpu"),
+        (["--backend", "cpu", "gpu"], "invalid choice"),
         (["--dtype", "int8"], "invalid choice"),
         (["--json", "no/such/folder/run.json"], "no/such/folder/run.json: its folder does not"),
     ],
@@ -515,6 +745,28 @@ def test_bad_options_are_named(options, message, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["mola", *options])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["mola", "--device", "cuda"])
+    assert stop.value.code == 2
+    assert "device: wanted cuda, but there is no CUDA device" in capsys.readouterr().err
+
+
+def test_what_is_measured_is_kept_whatever_comes_after(tmp_path, monkeypatch):
+    def fails_later(method, case, direction, *arguments):
+        if case.dtype == "fp32":
+            raise KeyboardInterrupt
+        return {"case": case.name, "refused": "wrong"}
+
+    monkeypatch.setattr(command, "run_case", fails_later)
+    monkeypatch.setattr(report, "print_record", lambda record: None)
+    path = tmp_path / "run.json"
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["mola", "--case", "t8", "--json", str(path)])
+    assert json.loads(path.read_text())["cases"] == [{"case": "t8", "refused": "wrong"}]
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib"])

@@ -1,19 +1,27 @@
 """Microbenchmarks: our layers against plain PyTorch, numerics checked, in interleaved rounds."""
 
 import argparse
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 from .. import backends
-from . import METHODS, report
+from . import METHODS, devices, report
 from .method import DTYPES, Method
-from .numerics import FORWARD, TRAIN
+from .numerics import DX, FORWARD, TRAIN
 from .runner import Settings, run_case
 
-_DIRECTIONS = {FORWARD: (FORWARD,), TRAIN: (TRAIN,), "both": (FORWARD, TRAIN)}
+_DIRECTIONS = {
+    FORWARD: (FORWARD,),
+    DX: (DX,),
+    TRAIN: (TRAIN,),
+    "both": (FORWARD, TRAIN),
+    "all": (FORWARD, DX, TRAIN),
+}
 _QUICK = {"rounds": 3, "seconds": 1.0, "compile": False}
 
 
@@ -28,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = methods.add_parser(method.name, help=method.title, description=method.title)
         sub.add_argument("--list", action="store_true", help="print the named cases and stop")
         cases = sub.add_argument_group("cases (default: all that are named)")
-        names = list(dict.fromkeys(case.name for case in method.cases))
+        names = list(dict.fromkeys(case.name for case in (*method.cases, *method.gpu_cases)))
         cases.add_argument("--case", nargs="+", choices=names, help="named cases")
         cases.add_argument("--dtype", nargs="+", choices=list(DTYPES))
         cases.add_argument(
@@ -47,7 +55,14 @@ def _parser() -> argparse.ArgumentParser:
         )
         run.add_argument("--no-compile", action="store_true", help="skip the compiled variants")
         run.add_argument("--threads", type=int, default=torch.get_num_threads())
-        run.add_argument("--backend", choices=[name for name, _ in backends.available()])
+        run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        run.add_argument(
+            "--backend",
+            nargs="+",
+            choices=[name for name, _ in backends.available()],
+            help="of ours; with several, ours competes on each",
+        )
+        run.add_argument("--graphs", action="store_true", help="replay every call as a CUDA graph")
         run.add_argument("--seed", type=int, default=0)
         run.add_argument(
             "--quick", action="store_true", help="few rounds, no compiling: does it run at all?"
@@ -63,13 +78,15 @@ def _select(method: Method, arguments: argparse.Namespace) -> list:
     """The cases that the options ask for.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or a case is none of the device's.
     """
     shape = {name: getattr(arguments, name) for name in _shape_options(method)}
     shape = {name: value for name, value in shape.items() if value is not None}
-    cases = method.cases
+    cases = method.cases if arguments.device == "cpu" else method.gpu_cases
     if arguments.case or shape:
         names = arguments.case or [cases[0].name]  # a shape alone changes the first case
+        if unknown := set(names) - {case.name for case in cases}:
+            raise ValueError(f"--case: not for {arguments.device}: {', '.join(sorted(unknown))}")
         cases = [case for name in names for case in cases if case.name == name]
     if arguments.dtype:
         cases = [replace(case, dtype=dtype) for case in cases for dtype in arguments.dtype]
@@ -86,6 +103,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name}: wanted more than 0, got {value}")
+    if arguments.graphs and arguments.device != "cuda":
+        raise ValueError(f"--graphs: wanted --device cuda, got {arguments.device}")
     chosen = {"rounds": arguments.rounds, "seconds": arguments.seconds}
     if arguments.no_compile:
         chosen["compile"] = False
@@ -93,29 +112,41 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     return Settings(
         seed=arguments.seed,
         variants=tuple(arguments.variants) if arguments.variants else None,
+        device=arguments.device,
+        backends=tuple(arguments.backend) if len(arguments.backend or ()) > 1 else (),
+        graphs=arguments.graphs,
         **defaults | {name: value for name, value in chosen.items() if value is not None},
     )
 
 
-def _measure(method: Method, cases: list, settings: Settings) -> list[dict]:
-    """Runs every case, printing each as it is done."""
+def _check(arguments: argparse.Namespace, cases: list, outputs: list[Path]) -> None:
+    """Raises ValueError or RuntimeError if these cases cannot run here, or not be written."""
+    for path in outputs:
+        if not path.resolve().parent.is_dir():
+            raise ValueError(f"{path}: its folder does not exist")
+    report.require("rich", *(["matplotlib"] if arguments.plot else []))
+    devices.device(arguments.device)
+    for name, dtype in itertools.product(arguments.backend or [None], {c.dtype for c in cases}):
+        with backends.use_backend(name):
+            backends.choose(torch.device(arguments.device), DTYPES[dtype])
+
+
+def _measure(method: Method, cases: list, settings: Settings) -> Iterator[dict]:
+    """The records of all cases, each printed as it is done."""
     todo = [(case, direction) for case in cases for direction in case.directions]
-    records = []
     with report.progress_bar(len(todo)) as show:
         for step, (case, direction) in enumerate(todo):
             text = f"{case.name} {case.dtype} {direction}"
             show(step, 0, f"{text}: checking")
-            records.append(
-                run_case(
-                    method,
-                    case,
-                    direction,
-                    settings,
-                    lambda share, step=step, text=text: show(step, share, text),
-                )
+            record = run_case(
+                method,
+                case,
+                direction,
+                settings,
+                lambda share, step=step, text=text: show(step, share, text),
             )
-            report.print_record(records[-1])
-    return records
+            report.print_record(record)
+            yield record
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,17 +164,13 @@ def main(argv: list[str] | None = None) -> int:
         )
         if path is not None
     ]
-    with backends.use_backend(arguments.backend):
+    several = len(arguments.backend or ()) > 1
+    with backends.use_backend(None if several else (arguments.backend or [None])[0]):
         # All that can be known to fail fails now, not after minutes of measuring.
         try:
             cases, settings = _select(method, arguments), _settings(arguments)
-            for path, _ in outputs:
-                if not path.resolve().parent.is_dir():
-                    raise ValueError(f"{path}: its folder does not exist")
             if not arguments.list:
-                report.require("rich", *(["matplotlib"] if arguments.plot else []))
-                for case in cases:
-                    backends.choose(torch.device("cpu"), DTYPES[case.dtype])
+                _check(arguments, cases, [path for path, _ in outputs])
         except (ValueError, RuntimeError) as error:
             parser.error(str(error))
         if arguments.list:
@@ -154,15 +181,18 @@ def main(argv: list[str] | None = None) -> int:
         threads = torch.get_num_threads()
         torch.set_num_threads(arguments.threads)
         try:
-            records = _measure(method, cases, settings)
-            document = report.header(method, settings, argv) | {"cases": records}
+            document = report.header(method, settings, argv) | {"cases": []}
+            for record in _measure(method, cases, settings):
+                document["cases"].append(record)
+                if arguments.json:  # what is done is kept, whatever happens to the rest
+                    report.write_json(arguments.json, document)
         finally:
             torch.set_num_threads(threads)
     print(report.EXPLANATION)
     for path, write in outputs:
         write(path, document)
         print(f"wrote {path}")
-    return 1 if any("refused" in record for record in records) else 0
+    return 1 if any("refused" in record for record in document["cases"]) else 0
 
 
 if __name__ == "__main__":

@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from ..nn import AdapterLinear
-from .method import DTYPES, Floors, Method, SequenceCase, Variant, has_peft
-from .numerics import FORWARD, TRAIN
+from .method import (
+    DTYPES,
+    LLAMA_7B,
+    Floors,
+    Method,
+    SequenceCase,
+    Variant,
+    directions,
+    generator,
+    has_peft,
+)
+from .numerics import DX, FORWARD, TRAIN
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,17 @@ def _cases() -> tuple[GatedCase, ...]:
         for (prefix, shape), tokens, dtype in itertools.product(
             shapes, (4096, 1024, 512, 64, 8, 1), ("bf16", "fp32")
         )
+    )  # fmt: skip
+
+
+def _gpu_cases() -> tuple[GatedCase, ...]:
+    return tuple(
+        GatedCase(
+            f"qkvo{suffix}-t{tokens}", "bf16", tokens, *LLAMA_7B["qkvo"], trained=bool(suffix),
+            directions=directions(tokens),
+        )
+        for suffix in ("-trained", "")
+        for tokens in (8192, 2048, 512, 32, 1)
     )  # fmt: skip
 
 
@@ -158,7 +179,7 @@ def make_inputs(case: GatedCase, seed: int = 0) -> tuple[GatedLinear, Tensor, Te
     Base and experts contribute alike to y, so that an error of either shows.
     """
     dtype = DTYPES[case.dtype]
-    random = torch.Generator().manual_seed(seed)
+    random = generator(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(shape, generator=random) * scale
@@ -191,7 +212,7 @@ def floors(case: GatedCase, direction: str) -> Floors:
     """
     columns = case.experts * case.rank
     one = columns * (case.in_features + case.out_features)
-    passes = 1 if direction == FORWARD else 3 if case.trained else 2
+    passes = {FORWARD: 1, DX: 2, TRAIN: 3 if case.trained else 2}[direction]
     base = case.in_features * case.out_features * (1 if direction == FORWARD else 2)
     return Floors(dense=passes * one / base, sparse=passes * one / base)
 
@@ -205,6 +226,7 @@ GATED = Method(
     title="gated: experts with given weights on a frozen linear (PEMT, OrchMoE's sum, LoRA)",
     case_type=GatedCase,
     cases=_cases(),
+    gpu_cases=_gpu_cases(),
     make_inputs=make_inputs,
     reference=reference_layer,
     floors=floors,

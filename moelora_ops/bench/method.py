@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .numerics import DX, FORWARD, TRAIN
+
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -18,6 +20,20 @@ DTYPES = {
 
 # Tokens of a sequence, where weights or gates are per sequence.
 SEQUENCE = 128
+
+
+# The linears of LLaMA-7B: in_features and out_features of q, k, v and o; gate and up; down.
+LLAMA_7B = {"qkvo": (4096, 4096), "up": (4096, 11008), "down": (11008, 4096)}
+
+
+def generator(seed: int) -> torch.Generator:
+    """On the device on which tensors are made: see ``with torch.device(...)``."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def directions(tokens: int) -> tuple[str, ...]:
+    """What a case of so many tokens measures on a GPU: nobody trains on a handful."""
+    return (FORWARD, DX, TRAIN) if tokens >= 512 else (FORWARD,)
 
 
 class Case:
@@ -65,12 +81,14 @@ class Variant(NamedTuple):
             the variant would be the same as another one.
         compiled: run it through ``torch.compile``.
         baseline: one of the plain PyTorch implementations, not ours.
+        waits: its forward reads numbers back from the device.
     """
 
     name: str
     build: Callable[[Any, nn.Module], nn.Module | None]
     compiled: bool = False
     baseline: bool = True
+    waits: bool = False
 
 
 class Method(NamedTuple):
@@ -81,7 +99,8 @@ class Method(NamedTuple):
         title: one line for people.
         case_type: frozen dataclass with name, dtype (a key of :data:`DTYPES`), directions and the
             shape; every int field is an option of the command.
-        cases: the named cases.
+        cases: the named cases for a CPU.
+        gpu_cases: those for a GPU, the most important first.
         make_inputs: (case, seed) to the fused layer, x and dy.
         reference: (layer, dtype) to the literal layer with the same parameters.
         floors: (case, direction) to :class:`Floors`.
@@ -94,6 +113,7 @@ class Method(NamedTuple):
     title: str
     case_type: type
     cases: tuple
+    gpu_cases: tuple
     make_inputs: Callable[[Any, int], tuple[nn.Module, Tensor, Tensor]]
     reference: Callable[[nn.Module, torch.dtype], nn.Module]
     floors: Callable[[Any, str], Floors]

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import nn, reference
-from .baselines import ExpertLoopMoLALinear, FastStackedMoLALinear, StackedMoLALinear
-from .method import DTYPES, Case, Floors, Method, Variant
-from .numerics import FORWARD, TRAIN, InputsError
+from .baselines import (
+    ExpertLoopMoLALinear,
+    FastStackedMoLALinear,
+    GroupedMoLALinear,
+    StackedMoLALinear,
+)
+from .method import DTYPES, LLAMA_7B, Case, Floors, Method, Variant, directions, generator
+from .numerics import DX, FORWARD, TRAIN, InputsError
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,23 @@ def _cases() -> tuple[MoLACase, ...]:
     )
 
 
+def _gpu_cases() -> tuple[MoLACase, ...]:
+    def case(shape: str, tokens: int, suffix: str = "", dtype: str = "bf16", **rest) -> MoLACase:
+        return MoLACase(
+            f"{shape}-t{tokens}{suffix}", dtype, tokens, *LLAMA_7B[shape],
+            directions=directions(tokens), **rest,
+        )  # fmt: skip
+
+    return (
+        *(case("qkvo", tokens) for tokens in (8192, 2048, 512, 16384, 1, 32, 8)),
+        *(case(shape, tokens) for shape in ("up", "down") for tokens in (8192, 2048, 512, 1, 32)),
+        case("qkvo", 8192, "-r16", rank=16),
+        *(case("qkvo", 8192, f"-e{experts}", experts=experts) for experts in (2, 4, 6)),
+        *(case("qkvo", 8192, f"-{dtype}", dtype) for dtype in ("fp16", "fp32")),
+        *(case(shape, tokens) for shape in ("up", "down") for tokens in (16384, 8)),
+    )
+
+
 def make_inputs(
     case: MoLACase, seed: int = 0, min_gap: float | None = None
 ) -> tuple[nn.MoLALinear, Tensor, Tensor]:
@@ -76,7 +98,7 @@ def make_inputs(
         InputsError: nearly all tokens are near ties, as when half of very many experts are chosen.
     """
     dtype = DTYPES[case.dtype]
-    random = torch.Generator().manual_seed(seed)
+    random = generator(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(dtype)
@@ -129,21 +151,28 @@ def reference_layer(layer: nn.MoLALinear, dtype: torch.dtype) -> reference.MoLAL
 def floors(case: MoLACase, direction: str) -> Floors:
     """Multiply-adds of the experts and the router over those of the frozen linear.
 
-    Backward adds for each rank-space column one product for its gradient and one for its
-    parameter's, on either side; with renormalised top-k the gradient of the logits is zero outside
-    the chosen experts.
+    dx adds for each rank-space column one product for its gradient and one from it, training its
+    two parameters' again; with renormalised top-k the gradient of the logits is zero outside the
+    chosen experts.
     """
     K, N, E = case.in_features, case.out_features, case.experts
 
     def work(columns: int, experts_with_gradient: int) -> int:
         forward = K * (columns + E) + N * columns
-        backward = 2 * N * columns + 2 * K * (columns + experts_with_gradient)
-        return forward + (backward if direction == TRAIN else 0)
+        pass_back = N * columns + K * (columns + experts_with_gradient)
+        return forward + {FORWARD: 0, DX: 1, TRAIN: 2}[direction] * pass_back
 
-    base = K * N * (2 if direction == TRAIN else 1)
+    base = K * N * (1 if direction == FORWARD else 2)
     return Floors(
         dense=work(E * case.rank, E) / base, sparse=work(case.top_k * case.rank, case.top_k) / base
     )
+
+
+def _grouped(case: MoLACase, layer: nn.MoLALinear) -> GroupedMoLALinear | None:
+    """None on a CPU, where PyTorch's product is a loop, and where it does not take the tensors."""
+    fits = DTYPES[case.dtype] == torch.bfloat16 and not case.rank % 8
+    on_gpu = layer.router.is_cuda and hasattr(torch.nn.functional, "grouped_mm")
+    return GroupedMoLALinear.from_reference(layer) if fits and on_gpu else None
 
 
 def _fast_stacked(case: MoLACase, layer: nn.MoLALinear) -> FastStackedMoLALinear | None:
@@ -156,6 +185,7 @@ MOLA = Method(
     title="MoLA: top-k routed LoRA experts on a frozen linear",
     case_type=MoLACase,
     cases=_cases(),
+    gpu_cases=_gpu_cases(),
     make_inputs=make_inputs,
     reference=reference_layer,
     floors=floors,
@@ -170,7 +200,12 @@ MOLA = Method(
         ),
         Variant("stacked-16bit", _fast_stacked),
         Variant("stacked-16bit-compiled", _fast_stacked, compiled=True),
-        Variant("expert-loop", lambda case, layer: ExpertLoopMoLALinear.from_reference(layer)),
+        Variant("grouped-mm", _grouped),
+        Variant(
+            "expert-loop",
+            lambda case, layer: ExpertLoopMoLALinear.from_reference(layer),
+            waits=True,
+        ),
         Variant("ours", lambda case, layer: layer, baseline=False),
     ),
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn, reference
-from .method import DTYPES, Case, Floors, Method, Variant
+from .method import DTYPES, LLAMA_7B, Case, Floors, Method, Variant, directions, generator
 from .numerics import FORWARD, TRAIN
 
 
@@ -45,6 +45,20 @@ def _cases() -> tuple[MoLECase, ...]:
             sizes, (1024, 512, 64, 8, 1), ("bf16", "fp32")
         )
     )  # fmt: skip
+
+
+def _gpu_cases() -> tuple[MoLECase, ...]:
+    def case(tokens: int, **size) -> MoLECase:
+        name = f"qkvo{'-e128' if size else ''}-t{tokens}"
+        return MoLECase(
+            name, "bf16", tokens, *LLAMA_7B["qkvo"], directions=directions(tokens), **size
+        )
+
+    return (
+        *(case(tokens) for tokens in (8192, 2048, 512, 32, 1)),
+        # More would not fit: the reference has [T, E, N] in float64.
+        *(case(tokens, experts=128, rank=8) for tokens in (1024, 32, 1)),
+    )
 
 
 class _PlainMoLELinear(nn.MoLELinear):
@@ -122,7 +136,7 @@ def make_inputs(case: MoLECase, seed: int = 0) -> tuple[nn.MoLELinear, Tensor, T
     neither even nor collapsed.
     """
     dtype = DTYPES[case.dtype]
-    random = torch.Generator().manual_seed(seed)
+    random = generator(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(dtype)
@@ -188,6 +202,7 @@ MOLE = Method(
     title="MoLE: frozen LoRAs on a frozen linear, gated on their outputs",
     case_type=MoLECase,
     cases=_cases(),
+    gpu_cases=_gpu_cases(),
     make_inputs=make_inputs,
     reference=reference_layer,
     floors=floors,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn, reference
-from .method import DTYPES, Case, Floors, Method, Variant
-from .numerics import FORWARD, TRAIN
+from .method import DTYPES, LLAMA_7B, Case, Floors, Method, Variant, directions, generator
+from .numerics import DX, FORWARD, TRAIN
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,19 @@ def _cases() -> tuple[MoR1ECase, ...]:
             directions=(FORWARD, TRAIN) if T >= 64 else (FORWARD,),
         )
         for (suffix, rest), T, dtype in itertools.product(modes, tokens, ("bf16", "fp32"))
+    )
+
+
+def _gpu_cases() -> tuple[MoR1ECase, ...]:
+    sizes = [
+        *(("qkvo", tokens) for tokens in (8192, 2048, 512, 32, 1, 16384)),
+        *((shape, tokens) for shape in ("up", "down") for tokens in (8192, 2048)),
+    ]
+    return tuple(
+        MoR1ECase(
+            f"{shape}-t{tokens}", "bf16", tokens, *LLAMA_7B[shape], directions=directions(tokens)
+        )
+        for shape, tokens in sizes
     )
 
 
@@ -142,7 +155,7 @@ def make_inputs(case: MoR1ECase, seed: int = 0) -> tuple[ScoredMoR1ELinear, Tens
     Base and experts contribute alike to y, so that an error of either shows.  Scores are cosines.
     """
     dtype = DTYPES[case.dtype]
-    random = torch.Generator().manual_seed(seed)
+    random = generator(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(dtype)
@@ -190,16 +203,14 @@ def reference_layer(layer: ScoredMoR1ELinear, dtype: torch.dtype) -> reference.M
 def floors(case: MoR1ECase, direction: str) -> Floors:
     """Multiply-adds of down rows, router and up rows over those of the frozen linear.
 
-    Nothing is sparse.  Backward adds for each column of rank space one product for its gradient and
+    Nothing is sparse.  dx adds for each column of rank space one product for its gradient, training
     one for its parameter's.
     """
     K, N = case.in_features, case.out_features
     experts = case.rank_down * case.rank_up if case.mode == "grid" else case.rank_down
     work = K * (case.rank_down + experts) + N * case.rank_up
-    if direction == TRAIN:
-        share = 3 * work / (2 * K * N)
-    else:
-        share = work / (K * N)
+    passes = {FORWARD: 1, DX: 2, TRAIN: 3}[direction]
+    share = passes * work / (K * N * (1 if direction == FORWARD else 2))
     return Floors(dense=share, sparse=share)
 
 
@@ -214,6 +225,7 @@ MOR1E = Method(
     title="Intuition-MoR1E: a grid of rank-1 experts on a frozen linear",
     case_type=MoR1ECase,
     cases=_cases(),
+    gpu_cases=_gpu_cases(),
     make_inputs=make_inputs,
     reference=reference_layer,
     floors=floors,

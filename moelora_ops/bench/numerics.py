@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-FORWARD, TRAIN = "forward", "train"
+# What a call computes: y; y and dx, nothing being trained; y, dx and all parameters' gradients.
+FORWARD, DX, TRAIN = "forward", "dx", "train"
 
 
 class NumericsError(AssertionError):
@@ -35,16 +36,19 @@ class Error(NamedTuple):
 def run(
     layer: nn.Module, x: Tensor, dy: Tensor | None = None, direction: str = TRAIN
 ) -> dict[str, Tensor]:
-    """Output of `layer`, and for ``"train"`` the gradients of x and of every trainable parameter.
+    """Output of `layer` and the gradients that `direction` asks for.
 
     Returns:
-        y, dx and d<parameter name>; ``.grad`` of all of them is left alone.
+        y; unless ``"forward"`` dx; for ``"train"`` d<parameter name> of all that is trainable.
+        ``.grad`` of all of them is left alone.
     """
     if direction == FORWARD:
         with torch.no_grad():
             return {"y": layer(x)}
     x = x.detach().requires_grad_()
     named = {name.split(".")[-1]: p for name, p in layer.named_parameters() if p.requires_grad}
+    if direction == DX:
+        named = {}
     y = layer(x)
     gradients = torch.autograd.grad(y, (x, *named.values()), dy)
     return {"y": y.detach()} | dict(zip(("dx", *(f"d{n}" for n in named)), gradients, strict=True))

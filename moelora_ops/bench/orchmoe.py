@@ -9,8 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn, reference
-from .method import DTYPES, Floors, Method, SequenceCase, Variant, has_peft
-from .numerics import FORWARD, TRAIN
+from .method import (
+    DTYPES,
+    LLAMA_7B,
+    Floors,
+    Method,
+    SequenceCase,
+    Variant,
+    directions,
+    generator,
+    has_peft,
+)
+from .numerics import DX, FORWARD, TRAIN
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,17 @@ def _cases() -> tuple[OrchMoECase, ...]:
         for combine, tokens, dtype in itertools.product(
             ("sum", "average"), (1024, 512, 64, 8, 1), ("bf16", "fp32")
         )
+    )  # fmt: skip
+
+
+def _gpu_cases() -> tuple[OrchMoECase, ...]:
+    return tuple(
+        OrchMoECase(
+            f"{combine}-qkvo-t{tokens}", "bf16", tokens, *LLAMA_7B["qkvo"], combine=combine,
+            directions=directions(tokens),
+        )
+        for tokens in (8192, 2048, 512, 32, 1)
+        for combine in ("sum", "average")
     )  # fmt: skip
 
 
@@ -150,7 +171,7 @@ def make_inputs(case: OrchMoECase, seed: int = 0) -> tuple[nn.OrchMoELinear, Ten
     Base and skills contribute alike to y, so that an error of either shows.
     """
     dtype = DTYPES[case.dtype]
-    random = torch.Generator().manual_seed(seed)
+    random = generator(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(shape, generator=random) * scale
@@ -195,8 +216,8 @@ def floors(case: OrchMoECase, direction: str) -> Floors:
     if case.combine == "average":
         sequences = case.tokens // case.length
         sparse = min(dense, (case.tokens + sequences * case.skills) * one)
-    passes = 3 if direction == TRAIN else 1
-    base = case.tokens * K * N * (2 if direction == TRAIN else 1)
+    passes = {FORWARD: 1, DX: 2, TRAIN: 3}[direction]
+    base = case.tokens * K * N * (1 if direction == FORWARD else 2)
     return Floors(dense=passes * dense / base, sparse=passes * sparse / base)
 
 
@@ -214,6 +235,7 @@ ORCHMOE = Method(
     title="OrchMoE and Polytropon: skills weighted per sequence, summed or averaged",
     case_type=OrchMoECase,
     cases=_cases(),
+    gpu_cases=_gpu_cases(),
     make_inputs=make_inputs,
     reference=reference_layer,
     floors=floors,
@@ -224,7 +246,7 @@ ORCHMOE = Method(
         Variant("stacked-compiled", lambda case, layer: StackedLinear.of(layer), compiled=True),
         Variant("merged", _only("average", MergedLinear)),
         Variant("skill-loop", _only("sum", SkillLoopLinear)),
-        Variant("peft-poly", _peft),
+        Variant("peft-poly", _peft, waits=True),
         Variant("ours", lambda case, layer: layer, baseline=False),
     ),
 )

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..nn import PEMTLinear
-from .method import DTYPES, Floors, Method, SequenceCase, Variant
+from .method import (
+    DTYPES,
+    LLAMA_7B,
+    Floors,
+    Method,
+    SequenceCase,
+    Variant,
+    directions,
+    generator,
+)
 from .numerics import FORWARD, TRAIN
 
 PROMPT = 20
@@ -46,6 +55,15 @@ def _cases() -> tuple[PEMTCase, ...]:
         )
         for tokens, dtype in itertools.product((4096, 1024, 512, 64, 8, 1), ("bf16", "fp32"))
     )  # fmt: skip
+
+
+def _gpu_cases() -> tuple[PEMTCase, ...]:
+    t5 = (PEMTCase.in_features, PEMTCase.out_features)
+    return tuple(
+        PEMTCase(f"{name}-t{tokens}", "bf16", tokens, *size, directions=directions(tokens))
+        for tokens in (8192, 2048, 512, 32, 1)
+        for name, size in (("qkvo", LLAMA_7B["qkvo"]), ("t5", t5))
+    )
 
 
 class _WithLoss(torch.autograd.Function):
@@ -136,7 +154,7 @@ def make_inputs(case: PEMTCase, seed: int = 0) -> tuple[Step, Tensor, Tensor]:
     Base, experts, adapter and loss contribute alike, so that an error of any shows.
     """
     dtype = DTYPES[case.dtype]
-    random = torch.Generator().manual_seed(seed)
+    random = generator(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=random) * scale).to(dtype)
@@ -176,15 +194,17 @@ def reference_layer(step: Step, dtype: torch.dtype) -> Step:
 def floors(case: PEMTCase, direction: str) -> Floors:
     """Multiply-adds beside the frozen linear's over its own; every expert is needed.
 
-    Training adds the gradients of the hidden, of x and of the adapter, whose weights are trained;
-    and for the loss ``B_eᵀ f``, ``R_e h_e`` and their gradients.
+    dx adds the gradients of the hidden, of x and of the adapter; and for the loss ``B_eᵀ f``,
+    ``R_e h_e`` and their gradients.  Training adds those of the adapter's weights.
     """
     K, N, R, b = case.in_features, case.out_features, case.experts * case.rank, case.bottleneck
     work = R * (K + N) + 2 * b * N
     base = K * N
-    if direction == TRAIN:
-        work = 2 * R * (K + N) + 6 * b * N + 2 * R * (N + case.rank)
+    if direction != FORWARD:
+        work = 2 * R * (K + N) + 4 * b * N + 2 * R * (N + case.rank)
         base *= 2
+    if direction == TRAIN:
+        work += 2 * b * N
     return Floors(dense=work / base, sparse=work / base)
 
 
@@ -197,6 +217,7 @@ PEMT = Method(
     title="PEMT: prompt gate, frozen sources, serial adapter, task sparsity loss",
     case_type=PEMTCase,
     cases=_cases(),
+    gpu_cases=_gpu_cases(),
     make_inputs=make_inputs,
     reference=reference_layer,
     floors=floors,

@@ -13,18 +13,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from .. import info
+from . import devices
 from .method import Method
 from .runner import BASE, TOUCH, Settings
 
 EXPLANATION = (
-    "overhead = layer / frozen base - 1: median of the ratios inside each round, and of the fastest"
-    " calls; tax = layer / base; x floor = overhead over the least arithmetic; saved = what"
-    " autograd keeps for backward beyond x and the parameters, by saved_tensors_hooks, distinct"
-    " storages; peak = most tensor memory in use during a step, beyond what was before; touch = the"
-    " frozen base, then x read and y rewritten (backward dy and dx) and no adapter: what moving the"
-    " memory alone costs; 16bit ="
-    " router logits rounded to x's dtype; † = a baseline that keeps to its error budget in fp32 but"
-    " not in this dtype"
+    "overhead = layer / frozen base - 1: median of the ratios inside each round, and of the"
+    " fastest calls; tax = layer / base; x floor = overhead over the least arithmetic (on a GPU:"
+    " over copying what an adapter reads and writes); saved = what autograd keeps for backward"
+    " beyond x and the parameters, by saved_tensors_hooks, distinct storages; peak = most tensor"
+    " memory in use during a step, beyond what was before; host = what the host needs to queue a"
+    " call; touch = the frozen base, then x read and y rewritten (backward dy and dx) and no"
+    " adapter: what moving the memory alone costs; 16bit = router logits rounded to x's dtype; † ="
+    " a baseline that keeps to its error budget in fp32 but not in this dtype"
 )
 _COARSE = "†"
 _COLORS = {"ours": "tab:orange", TOUCH: "tab:blue"}
@@ -63,6 +64,7 @@ def header(method: Method, settings: Settings, argv: list[str]) -> dict:
         "command": shlex.join(["python", "-m", "moelora_ops.bench", *argv]),
         "commit": _commit(),
         "settings": settings._asdict(),
+        "device": devices.device(settings.device).facts(),
         "info": _without_paths(info.collect()),
     }
 
@@ -94,14 +96,15 @@ def _commit() -> str | None:
 
 
 def _title(record: dict) -> str:
-    return f"{record['case']} {record['dtype']} {record['direction']}: {record['shape']}"
+    graphs = " in CUDA graphs" if record["graphs"] else ""
+    return f"{record['case']} {record['dtype']} {record['direction']}{graphs}: {record['shape']}"
 
 
 def _note(record: dict) -> str:
     """The line under a table."""
     floors = record["floors"]
     note = (
-        f"floor {floors['sparse']:.2%} sparse, {floors['dense']:.2%} dense;"
+        f"floor {', '.join(f'{floor:.2%} {name}' for name, floor in floors.items())};"
         f" ours on the {record['backend']} back end;"
         f" {record['rounds']} rounds of {record['calls_per_sample']} calls"
     )
@@ -112,9 +115,17 @@ def _note(record: dict) -> str:
     return "; ".join(notes)
 
 
+def _is_ours(name: str) -> bool:
+    return name.partition("-")[0] == "ours"
+
+
 def _label(record: dict, name: str) -> str:
     """The variant's name, marked if it is coarse."""
     return f"{name} {_COARSE}" if name in record["coarse"] else name
+
+
+def _headers(record: dict) -> tuple[str, ...]:
+    return (*_HEADERS, "host ms") if "host_ms" in record["variants"][BASE] else _HEADERS
 
 
 def _rows(record: dict) -> list[list[str]]:
@@ -129,7 +140,8 @@ def _rows(record: dict) -> list[list[str]]:
         else:
             row += [f"{v['overhead']:+.1%}", f"{v['overhead_of_minima']:+.1%}"]
             row += [f"{v['tax']:.3f}", f"{v['times_floor']:.1f}"]
-        rows.append([*row, *memory])
+        host = [f"{v['host_ms']:.3f}"] if "host_ms" in v else []
+        rows.append([*row, *memory, *host])
     return rows
 
 
@@ -148,10 +160,10 @@ def print_record(record: dict) -> None:
         )
         return
     table = Table(title=escape(_title(record)), caption=escape(_note(record)), title_justify="left")
-    for column in _HEADERS:
+    for column in _headers(record):
         table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
     for row in _rows(record):
-        table.add_row(*row, style="bold" if row[0] == "ours" else "")
+        table.add_row(*row, style="bold" if _is_ours(row[0]) else "")
     console.print(table, "")
 
 
@@ -175,14 +187,10 @@ def write_json(path: Path, report: dict) -> None:
 
 def write_markdown(path: Path, report: dict) -> None:
     """The tables, under the facts about the run."""
-    facts = report["info"]
-    machine = facts["machine"]
     lines = [
-        f"# {report['method']}, {report['date'][:10]}, {machine['cpu']}",
+        f"# {report['method']}, {report['date'][:10]}, {_machine_name(report)}",
         "",
-        f"`{report['command']}` at commit {report['commit']}; {facts['threads']} threads of"
-        f" {machine['cores']} cores, kernels at {facts['extension']['isa']}, torch {facts['torch']}"
-        f" at {machine['torch_isa']}, Python {facts['python']}.",
+        f"`{report['command']}` at commit {report['commit']}; {_machine(report)}.",
         "",
         f"{EXPLANATION}.",
     ]
@@ -191,11 +199,35 @@ def write_markdown(path: Path, report: dict) -> None:
         if "refused" in record:
             lines.append(f"Refused: {record['refused']}")
             continue
-        lines.append(f"| {' | '.join(_HEADERS)} |")
-        lines.append("| --- |" + " ---: |" * (len(_HEADERS) - 1))
+        headers = _headers(record)
+        lines.append(f"| {' | '.join(headers)} |")
+        lines.append("| --- |" + " ---: |" * (len(headers) - 1))
         lines += [f"| {' | '.join(row)} |" for row in _rows(record)]
         lines += ["", _note(record)]
     path.write_text("\n".join(lines) + "\n")
+
+
+def _machine_name(report: dict) -> str:
+    return (report["device"] or {}).get("name") or report["info"]["machine"]["cpu"]
+
+
+def _machine(report: dict) -> str:
+    """What it ran on, in a line."""
+    facts, device = report["info"], report["device"]
+    versions = f"torch {facts['torch']}"
+    if device is None:
+        machine = facts["machine"]
+        return (
+            f"{facts['threads']} threads of {machine['cores']} cores, kernels at"
+            f" {facts['extension']['isa']}, {versions} at {machine['torch_isa']}, Python"
+            f" {facts['python']}"
+        )
+    clocks = ", ".join(f"{name} {value}" for name, value in device["clocks"].items())
+    return (
+        f"driver {device['driver']}, CUDA {device['cuda']}, {versions}, triton {device['triton']},"
+        f" Python {facts['python']}; a copy moves"
+        f" {device['copy_bytes_per_second'] / 1e12:.2f} TB/s; at the start {clocks or 'no clocks'}"
+    )
 
 
 def write_plot(path: Path, report: dict) -> None:
@@ -218,9 +250,10 @@ def draw_plot(report: dict):
     if records:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     facts = report["info"]
+    threads = "" if report["device"] else f"{facts['threads']} threads, "
     figure.suptitle(
         f"{report['method']}: overhead over the frozen linear, lower is better\n"
-        f"{facts['machine']['cpu']}, {facts['threads']} threads, torch {facts['torch']}",
+        f"{_machine_name(report)}, {threads}torch {facts['torch']}",
         fontsize=10,
     )
     return figure
@@ -232,14 +265,14 @@ def _draw(axis, record: dict) -> None:
     # The slowest may be off by an order of magnitude: cut its bar, not the others' resolution.
     slowest, *others = sorted(overheads.values(), reverse=True)
     second = max(others, default=slowest)
-    limit = 1.25 * max(floors["dense"], slowest if slowest <= 3 * second else second)
+    limit = 1.25 * max(*floors.values(), slowest if slowest <= 3 * second else second)
     lowest = min(0.0, *overheads.values()) * 1.25
     for i, (name, percent) in enumerate(overheads.items()):
-        color = _COLORS.get(name, "tab:gray")
+        color = _COLORS.get("ours" if _is_ours(name) else name, "tab:gray")
         axis.barh(i, min(percent, limit), color=color)
         text = f" {percent:+.1f} %" + (" (cut)" if percent > limit else "")
         axis.text(max(min(percent, limit), 0), i, text, va="center", fontsize=8)
-    for (name, floor), style in zip(floors.items(), ("--", "-"), strict=True):
+    for (name, floor), style in zip(floors.items(), ("--", "-"), strict=False):
         axis.axvline(floor, color="tab:blue", linestyle=style, linewidth=1, label=f"{name} floor")
     labels = [_label(record, name) for name in overheads]
     axis.set_yticks(range(len(overheads)), labels, fontsize=8)

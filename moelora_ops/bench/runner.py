@@ -1,30 +1,26 @@
 """Checks, memory and interleaved timing of one case."""
 
 import dataclasses
-import math
-import os
+import functools
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import backends
-from . import numerics
+from . import devices, numerics
 from .baselines import TouchedLinear
-from .method import DTYPES, Method
-from .numerics import TRAIN, InputsError, NumericsError
-
-# Messages of torch's profiler, which peak_bytes uses; read when it first runs.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+from .devices import Device
+from .method import DTYPES, Method, Variant
+from .numerics import DX, FORWARD, TRAIN, InputsError, NumericsError
 
 BASE = "base"
 TOUCH = "touch"
 _MIN_ROUNDS = 3
-_MIN_SAMPLE_SECONDS = 2e-3
 
 
 class Settings(NamedTuple):
@@ -36,6 +32,9 @@ class Settings(NamedTuple):
         seed: of the inputs and of the order inside the rounds.
         variants: names to measure, or None for all.
         compile: whether to measure the compiled variants.
+        device: "cpu" or "cuda".
+        backends: several on which our layer competes once each; else it runs on the one in force.
+        graphs: replay every call as a CUDA graph.
     """
 
     rounds: int = 60
@@ -43,12 +42,16 @@ class Settings(NamedTuple):
     seed: int = 0
     variants: tuple[str, ...] | None = None
     compile: bool = True
+    device: str = "cpu"
+    backends: tuple[str, ...] = ()
+    graphs: bool = False
 
 
 class Competition(NamedTuple):
     """A case made ready: the variants built, checked and warm.
 
     Attributes:
+        layer: our layer; every variant has its parameters.
         x, dy: the inputs.
         layers: what to time, by name; the frozen linear first, then the same with x and y touched.
         skipped: why a variant is not among them, by name.
@@ -56,6 +59,7 @@ class Competition(NamedTuple):
         errors: of each checked variant and quantity.
     """
 
+    layer: nn.Module
     x: Tensor
     dy: Tensor
     layers: dict[str, nn.Module]
@@ -78,32 +82,37 @@ def prepare(method: Method, case: Any, direction: str, settings: Settings) -> Co
     if settings.compile:
         # Recompilations are limited per code object, and every case is a new shape.
         torch.compiler.reset()
-    exam = _Exam(method, case, direction, settings.seed)
+    exam = _Exam(method, case, direction, settings)
     layer, outputs = exam.layer, exam.outputs
     builders = {variant.name: variant.build for variant in method.variants}
-    plain = outputs(builders[method.plain](case, layer))
+    plain = outputs(exam.build(builders[method.plain]))
     exam.check_baseline(method.plain, plain)
 
     layers: dict[str, nn.Module] = {BASE: layer.base, TOUCH: TouchedLinear(layer.base)}
     skipped, coarse, errors = {}, {}, {}
-    for variant in method.variants:
-        if settings.variants is not None and variant.name not in settings.variants:
-            continue
-        module = variant.build(case, layer)
+    for variant in _competitors(method, settings):
+        module = exam.build(variant.build)
         if module is None:
+            continue
+        if variant.waits and settings.graphs:
+            skipped[variant.name] = "it waits for the device, which no CUDA graph can hold"
             continue
         if variant.compiled:
             if not settings.compile:
                 skipped[variant.name] = "compiling was switched off"
                 continue
             module = torch.compile(module, dynamic=False)
-            try:
-                outputs(module)
-            except Exception as error:  # whatever the compiler runs into is a reason to skip it
-                first_line = str(error).strip().partition("\n")[0]
-                skipped[variant.name] = f"torch.compile: {type(error).__name__}: {first_line}"
-                continue
-        layers[variant.name], got = module, outputs(module)
+        try:
+            got = outputs(module)
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and variant.baseline:
+                skipped[variant.name] = "out of memory"
+            elif variant.compiled:  # whatever the compiler runs into is a reason to skip it
+                skipped[variant.name] = f"torch.compile: {_in_a_line(error)}"
+            else:
+                raise
+            continue
+        layers[variant.name] = module
         if not variant.baseline:
             errors[variant.name] = numerics.check_numerics(variant.name, got, plain, exam.want)
             continue
@@ -113,22 +122,62 @@ def prepare(method: Method, case: Any, direction: str, settings: Settings) -> Co
             if variant.compiled or DTYPES[case.dtype].itemsize > 2:
                 raise
             wide = dataclasses.replace(case, dtype="fp32")
-            again = _Exam(method, wide, direction, settings.seed)
-            again.check_baseline(variant.name, again.outputs(variant.build(wide, again.layer)))
+            again = _Exam(method, wide, direction, settings)
+            again.check_baseline(variant.name, again.outputs(again.build(variant.build)))
             coarse[variant.name] = str(failure)
             errors[variant.name] = {k: numerics.error(got[k], t) for k, t in exam.want.items()}
-    return Competition(exam.x, exam.dy, layers, skipped, coarse, errors)
+    return Competition(layer, exam.x, exam.dy, layers, skipped, coarse, errors)
+
+
+def _competitors(method: Method, settings: Settings) -> Iterator[Variant]:
+    """The variants that are wanted, ours once for each back end if there are several."""
+    for variant in method.variants:
+        if settings.variants is not None and variant.name not in settings.variants:
+            continue
+        if variant.baseline or not settings.backends:
+            yield variant
+            continue
+        for backend in settings.backends:
+            build = functools.partial(_on_backend, backend, variant.build)
+            yield variant._replace(name=f"{variant.name}-{backend}", build=build)
+
+
+class _OnBackend(nn.Module):
+    def __init__(self, backend: str, layer: nn.Module):
+        super().__init__()
+        self.backend, self.layer = backend, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with backends.use_backend(self.backend):
+            return self.layer(x)
+
+
+def _on_backend(backend: str, build: Callable, case: Any, layer: nn.Module) -> nn.Module:
+    return _OnBackend(backend, build(case, layer))
+
+
+def _in_a_line(error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}"
 
 
 class _Exam:
     """The inputs of a case, and what its variants are held to."""
 
-    def __init__(self, method: Method, case: Any, direction: str, seed: int):
-        self.direction = direction
-        self.layer, self.x, self.dy = method.make_inputs(case, seed)
+    def __init__(self, method: Method, case: Any, direction: str, settings: Settings):
+        self.case, self.direction = case, direction
+        self.device = torch.device(settings.device)
+        with self.device:
+            self.layer, self.x, self.dy = method.make_inputs(case, settings.seed)
+        if direction == DX:
+            self.layer.requires_grad_(False)
         exact, literal = (method.reference(self.layer, t) for t in (torch.float64, self.x.dtype))
         self.want = numerics.run(exact, self.x.double(), self.dy.double(), direction)
         self.literal = self.outputs(literal)
+
+    def build(self, build: Callable[[Any, nn.Module], nn.Module | None]) -> nn.Module | None:
+        with self.device:
+            return build(self.case, self.layer)
 
     def outputs(self, module: nn.Module) -> dict[str, Tensor]:
         return numerics.run(module, self.x, self.dy, self.direction)
@@ -137,25 +186,28 @@ class _Exam:
         return numerics.check_numerics(name, got, self.literal, self.want, factor=4)
 
 
-def make_call(layer: nn.Module, x: Tensor, dy: Tensor, direction: str) -> Callable[[], None]:
+class Call:
     """One forward call, or the forward and backward of one training step, as a user makes it."""
-    if direction != TRAIN:
 
-        def forward():
+    def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor, direction: str):
+        self.layer, self.x, self.dy = layer, x, dy
+        self.leaves: list[Tensor] = []
+        if direction != FORWARD:
+            self.x = x.detach().requires_grad_()
+            self.leaves = [self.x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def __call__(self) -> None:
+        if not self.leaves:
             with torch.no_grad():
-                layer(x)
+                self.layer(self.x)
+            return
+        self.release()
+        self.layer(self.x).backward(self.dy)
 
-        return forward
-
-    x = x.detach().requires_grad_()
-    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
-
-    def step():
-        for leaf in leaves:
+    def release(self) -> None:
+        """Free the gradients of the last step, as the next one does at first."""
+        for leaf in self.leaves:
             leaf.grad = None
-        layer(x).backward(dy)
-
-    return step
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
@@ -180,63 +232,49 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Most that tensor memory grows by during `call`, after whatever it frees at first.
+def least_bytes(layer: nn.Module, x: Tensor, dy: Tensor, direction: str) -> int:
+    """What an adapter has to move beside a frozen linear whose products it does not share.
 
-    Counted from torch's own allocations on the CPU: outputs, gradients, what is saved, scratch;
-    not what a library allocates by itself.
+    Forward it reads x and writes y, for dx it reads dy and writes dx, for the gradients of its
+    parameters it reads both x and dy; its parameters each time, or their gradients.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    in_use = least = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        in_use += event.nbytes()
-        least = min(least, in_use)
-        peak = max(peak, in_use - least)
-    return peak
+    frozen = {id(p) for p in layer.base.parameters()}
+    parameters = sum(p.nbytes for p in layer.parameters() if id(p) not in frozen)
+    return {FORWARD: 1, DX: 2, TRAIN: 3}[direction] * (x.nbytes + dy.nbytes + parameters)
 
 
 def time_rounds(
-    calls: dict[str, Callable[[], None]],
+    calls: dict[str, Callable[[], object]],
     settings: Settings,
     on_round: Callable[[float], None] = lambda share: None,
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds per call of each variant, one sample a round, in a new random order every round.
 
-    Neighbours in time share the machine's mood, so ratios are taken inside a round.  Short calls
-    are repeated inside a sample; the first call's time says how often.
+    Neighbours in time share the machine's mood, so ratios are taken inside a round.  Where the
+    device wants it, short calls are repeated inside a sample; the first call's time says how often.
 
     Args:
         calls: by name, all warm.
-        settings: rounds, seconds and seed.
+        settings: rounds, seconds, seed and device.
         on_round: told after each round what share of the measurement is done.
 
     Returns:
         The samples by name, and the calls per sample.
     """
-    first = calls[next(iter(calls))]
-    first()
-    start = time.perf_counter()
-    first()
-    repeats = max(1, math.ceil(_MIN_SAMPLE_SECONDS / (time.perf_counter() - start)))
+    device = devices.device(settings.device)
+    device.calibrate(calls[next(iter(calls))])
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(settings.seed).shuffle
     begin = time.perf_counter()
     for done in range(1, settings.rounds + 1):
         shuffle(order)
         for name in order:
-            call = calls[name]
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            samples[name].append((time.perf_counter() - start) / repeats)
+            samples[name].append(device.sample(calls[name]))
         spent = time.perf_counter() - begin
         on_round(min(1.0, max(done / settings.rounds, spent / settings.seconds)))
         if spent > settings.seconds and done >= _MIN_ROUNDS:
             break
-    return samples, repeats
+    return samples, device.repeats
 
 
 def summarize(samples: dict[str, list[float]], floor: float) -> dict[str, dict]:
@@ -244,7 +282,7 @@ def summarize(samples: dict[str, list[float]], floor: float) -> dict[str, dict]:
 
     Args:
         samples: seconds by variant and round.
-        floor: least overhead by arithmetic.
+        floor: least overhead.
 
     Returns:
         By variant: ``median_ms`` and ``min_ms``; ``overhead``, the median over rounds of time /
@@ -277,40 +315,67 @@ def run_case(
 
     Returns:
         A record for json: the case, its floors, and per variant what :func:`summarize` says, the
-        bytes saved for backward and those at the peak of a step (training only) and the errors;
-        which are ``coarse``, see :func:`prepare`; or ``refused``, with no figure at all, if a
-        variant is wrong or there are no inputs to check it on.
+        bytes saved for backward (where there is one), those at the peak of a call, the errors, and
+        on a GPU what the host needs to queue a call; which are ``coarse``, see :func:`prepare`; or
+        ``refused``, with no figure at all, if a variant is wrong or there are no inputs to check it
+        on.
     """
-    dtype = DTYPES[case.dtype]
-    floors = method.floors(case, direction)
+    dtype, place = DTYPES[case.dtype], torch.device(settings.device)
     record = {
         "case": case.name,
         "shape": str(case),
         "dtype": case.dtype,
         "direction": direction,
-        "backend": backends.choose(torch.device("cpu"), dtype),
-        "floors": floors._asdict(),
-        "memory_target": method.memory_target(case) if direction == TRAIN else None,
+        "graphs": settings.graphs,
+        "backend": ", ".join(settings.backends) or backends.choose(place, dtype),
+        "floors": method.floors(case, direction)._asdict(),
+        "memory_target": None if direction == FORWARD else method.memory_target(case),
     }
     try:
         ready = prepare(method, case, direction, settings)
     except (NumericsError, InputsError) as error:
         return record | {"refused": str(error)}
-    calls = {n: make_call(layer, ready.x, ready.dy, direction) for n, layer in ready.layers.items()}
+    except torch.OutOfMemoryError:
+        return record | {"refused": "out of memory"}
+    calls = {n: Call(layer, ready.x, ready.dy, direction) for n, layer in ready.layers.items()}
     for call in calls.values():
         call()  # first-call costs: allocator, primitive caches, backward graphs of the compiler
-    samples, repeats = time_rounds(calls, settings, on_round)
-    variants = summarize(samples, min(floors))
-    for name, layer in ready.layers.items():
-        if direction == TRAIN:
-            variants[name]["saved_bytes"] = saved_bytes(layer, ready.x)
-            variants[name]["peak_bytes"] = peak_bytes(calls[name])
+    device, skipped = devices.device(settings.device), dict(ready.skipped)
+    timed = _captured(device, calls, skipped) if settings.graphs else calls
+    samples, repeats = time_rounds(timed, settings, on_round)
+    on_gpu = device.copy_rate is not None
+    if on_gpu:
+        # There the arithmetic of a skinny product hides behind its memory.
+        seconds = least_bytes(ready.layer, ready.x, ready.dy, direction) / device.copy_rate
+        record["floors"] = {"memory": seconds / statistics.median(samples[BASE])}
+        record["clocks"] = device.clocks()
+    variants = summarize(samples, min(record["floors"].values()))
+    for name, variant in variants.items():
+        layer, call = ready.layers[name], calls[name]
+        if on_gpu:
+            variant["host_ms"] = device.host_seconds(timed[name]) * 1e3
+        if direction != FORWARD:
+            variant["saved_bytes"] = saved_bytes(layer, ready.x)
+            variant["peak_bytes"] = device.peak_bytes(call, call.release)
         if name in ready.errors:
-            variants[name]["errors"] = {k: e._asdict() for k, e in ready.errors[name].items()}
+            variant["errors"] = {k: e._asdict() for k, e in ready.errors[name].items()}
     return record | {
         "rounds": len(samples[BASE]),
         "calls_per_sample": repeats,
         "variants": variants,
-        "skipped": ready.skipped,
+        "skipped": skipped,
         "coarse": ready.coarse,
     }
+
+
+def _captured(device: Device, calls: dict[str, Call], skipped: dict[str, str]) -> dict:
+    """`calls` as CUDA graphs; why one cannot be goes to `skipped`."""
+    graphs = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = device.captured(call)
+        except RuntimeError as error:
+            if name == BASE:
+                raise
+            skipped[name] = f"CUDA graph: {_in_a_line(error)}"
+    return graphs
