@@ -50,6 +50,11 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _stages(wanted: int, arch: Arch) -> int:
+    """Buffers of a loop; AMD's blocks have 64 KB of shared memory."""
+    return min(wanted, 2) if arch.kind == "hip" else wanted
+
+
 def segment(features: int) -> int:
     """Features in a segment of a shrink; depends on their number alone."""
     return max(_LEAST_SEGMENT, 64 * cdiv(features, 64 * MOST_SEGMENTS))
@@ -120,7 +125,7 @@ def shrink(
             break
     return Shrink(
         parts, spans[parts], columns, BT, SHRINK_STEP[itemsize], BA, BB, BT // 16,
-        3 if itemsize == 4 else 4,
+        _stages(3 if itemsize == 4 else 4, arch),
     )  # fmt: skip
 
 
@@ -266,4 +271,4 @@ def outer(tokens: int, features: int, rows: int, itemsize: int, arch: Arch) -> O
     # At most 8 parts to add, none of fewer than 256 tokens.
     splits = max(1, min(8, cdiv(2 * arch.multiprocessors, blocks), tokens // 256))
     span = BT * max(cdiv(tokens, BT * splits), 1)
-    return Outer(BT, BN, BA, cdiv(tokens, span), span, 4 if itemsize == 4 else 8, 3)
+    return Outer(BT, BN, BA, cdiv(tokens, span), span, 4 if itemsize == 4 else 8, _stages(3, arch))
