@@ -147,17 +147,6 @@ def softmax_backward(p, dp):
 
 
 @triton.jit
-def apart(tile, always):
-    """`tile`, but read from shared memory into registers; `always` is true, unknown to Triton.
-
-    For a tile of a loop that goes into tl.dot both as it is and changed by threads, which Triton
-    3.9 miscompiles for sm_90: it counts a buffer too few, and the next copy into the tile does not
-    wait for what tl.dot still reads.
-    """
-    return tl.where(always, tile, 0.0)
-
-
-@triton.jit
 def row_softmax(v, keys):
     """Softmax along the rows of a tile, see :func:`exponentials`.
 

@@ -286,7 +286,7 @@ def gated_forward(
     gates = None if up_bias is None else launch.workspace(x, T, E)
     results = (hidden, mixed.data, gates and gates.data)
     scalars = (mixed.stride, gates.stride if gates else 0)
-    fused = _fused(rows, lora_down)
+    fused = _fused(rows, lora_down, masked=masks.seed is not None)
     if fused:
         shrink_and_mix[(tiles.cdiv(T, fused.BT), fused.columns)](
             x, lora_down, down_bias, weights, table, *results, masks.seed, T, K, rows.stride,
@@ -397,13 +397,15 @@ def _check(
     return rows, launch.rows_like(out, x, (*x.shape[:-1], N), name), table
 
 
-def _fused(x: launch.Rows, rows: Tensor, biases: Tensor | None = None) -> tiles.Shrink | None:
+def _fused(
+    x: launch.Rows, rows: Tensor, biases: Tensor | None = None, masked: bool = False
+) -> tiles.Shrink | None:
     """The tile of the shrink of x whose blocks end with the mix; None if that is one apart."""
     E, r, features = rows.shape
     WIDTH = tiles.power_of_2(r)
     tile = tiles.shrink(
         x.count, features, E * WIDTH, 0 if biases is None else E, rows.element_size(),
-        launch.arch(),
+        launch.arch(), masked=masked,
     )  # fmt: skip
     # With 128 columns beside the mix, registers spill.
     return tile if tile.parts == 1 and WIDTH <= tile.BA <= 64 else None

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tiles
-from .device import apart, chunk, in_eights, keep_mask, load_left
+from .device import chunk, in_eights, keep_mask, load_left
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def outer_block(
     exists_b = row_b < ROWS_B
     if seed is not None:
         key = tl.load(seed)
-    # The strip is the product's first operand: it is wide enough for every tensor core.
+    # The strip is the product's first operand: without a mask, wide enough for every tensor core.
     sum_a, sum_b = tl.zeros([BN, BA], tl.float32), tl.zeros([BN, BB], tl.float32)
     for t in range(begin, end, BT):
         rows = t + tl.arange(0, BT)
@@ -61,7 +61,6 @@ def outer_block(
         left = load_left(left_a, pitch_a, rows, exists, row_a, exists_a)
         kept = tile
         if seed is not None:
-            tile = apart(tile, threshold >= 0)
             kept = tl.where(keep_mask(key, threshold, rows, first, group, BN), tile, 0.0)
         if left_b is not None:
             other = load_left(left_b, pitch_b, rows, exists, row_b, exists_b)
@@ -118,8 +117,8 @@ def outer_parts(
     blocks_0, blocks_1, ROWS_0: tl.constexpr, BA_0: tl.constexpr, ROWS_0B: tl.constexpr,
     BB_0: tl.constexpr, SPLITS_0: tl.constexpr, WIDE_0: tl.constexpr, ROWS_1: tl.constexpr,
     BA_1: tl.constexpr, ROWS_1B: tl.constexpr, BB_1: tl.constexpr, SPLITS_1: tl.constexpr,
-    WIDE_1: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BN_SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE_1: tl.constexpr, BT: tl.constexpr, BN_0: tl.constexpr, BN_1: tl.constexpr,
+    BN_SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See :func:`run`.  Grid: the blocks of both sides and of each of sums, parts of span tokens.
 
@@ -134,14 +133,14 @@ def outer_parts(
     if wide_0 is not None and block < blocks_0:
         outer_block(
             wide_0, stride_0, left_0, pitch_0, out_0, left_0b, pitch_0b, out_0b, offset, None,
-            threshold, block, begin, end, N_0, ROWS_0, BA_0, ROWS_0B, BB_0, SPLITS_0, BT, BN,
+            threshold, block, begin, end, N_0, ROWS_0, BA_0, ROWS_0B, BB_0, SPLITS_0, BT, BN_0,
             WIDE_0, PRECISION,
         )  # fmt: skip
     block -= blocks_0
     if wide_1 is not None and (block >= 0) & (block < blocks_1):
         outer_block(
             wide_1, stride_1, left_1, pitch_1, out_1, left_1b, pitch_1b, out_1b, offset, seed,
-            threshold, block, begin, end, N_1, ROWS_1, BA_1, ROWS_1B, BB_1, SPLITS_1, BT, BN,
+            threshold, block, begin, end, N_1, ROWS_1, BA_1, ROWS_1B, BB_1, SPLITS_1, BT, BN_1,
             WIDE_1, PRECISION,
         )  # fmt: skip
     block -= blocks_1
@@ -302,16 +301,17 @@ def run(
         outs = [None if out is None else parts.view(-1)[next(each) :] for out in results]
 
     blocks_0, arguments_0, constants_0 = first.launch(tile.BA, tile.BN) if first else _NO_SIDE
-    blocks_1, arguments_1, constants_1 = second.launch(tile.BA, tile.BN) if second else _NO_SIDE
     masks = second.masks if second else launch.NO_MASKS
+    BN_1 = tile.BN if masks.seed is None else tiles.MASKED_ROWS
+    blocks_1, arguments_1, constants_1 = second.launch(tile.BA, BN_1) if second else _NO_SIDE
     blocks = blocks_0 + blocks_1
     blocks += sum(s.shape[0] * tiles.cdiv(s.shape[1], SUM_COLUMNS) for s in wanted_sums)
     outer_parts[(blocks, tile.splits)](
         *outs[:4], *arguments_0, *arguments_1,
         tuple(s.arguments(out) for s, out in zip(sums, outs[4:], strict=True) if s), masks.seed,
         masks.threshold, T, tile.span, part_size, blocks_0, blocks_1, *constants_0, *constants_1,
-        BT=tile.BT, BN=tile.BN, BN_SUM=SUM_COLUMNS, PRECISION=launch.precision(some.data.dtype),
-        **launch.options(tile.warps, tile.stages),
+        BT=tile.BT, BN_0=tile.BN, BN_1=BN_1, BN_SUM=SUM_COLUMNS,
+        PRECISION=launch.precision(some.data.dtype), **launch.options(tile.warps, tile.stages),
     )  # fmt: skip
     if tile.splits > 1:
         add_gradients[(part_size // ADD_BLOCK,)](

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tiles
-from .device import apart, in_eights, keep_mask, padded
+from .device import in_eights, keep_mask, padded
 
 MOST_PARTS: tl.constexpr = tl.constexpr(tiles.MOST_SEGMENTS)
 
@@ -56,7 +56,6 @@ def shrink_tile(
         rows_a = tl.load(at_a + k0, mask=exists_a[:, None] & inside, other=0.0)
         kept = tile
         if seed is not None:
-            tile = apart(tile, threshold >= 0)
             kept = tl.where(keep_mask(key, threshold, rows, k0, expert, BK), tile, 0.0)
         if b is not None:
             rows_b = tl.load(at_b + k0, mask=exists_b[:, None] & inside, other=0.0)
@@ -190,7 +189,7 @@ def run(
     width = max(tiles.power_of_2(R // groups), tiles.LEAST_COLUMNS)
     tile = tiles.shrink(
         T, K, groups * width, E, a.element_size(), launch.arch(),
-        min(width, tiles.MOST_COLUMNS), splits,
+        min(width, tiles.MOST_COLUMNS), splits, masked=masks.seed is not None,
     )  # fmt: skip
     parts = tile.parts
     if parts > 1 or out_a is None:

@@ -33,6 +33,10 @@ MOST_SEGMENTS = 8
 # ...where the first and the last four are summed left to right before both sums are added.
 HALF = 4
 _LEAST_SEGMENT = 128
+# Rows of a tile that is masked before it is multiplied, for the same bits in every number of tokens
+# those of all.  They are too few for sm_90's asynchronous products: with an operand that comes
+# through registers, Triton 3.6 overwrites it, and 3.9 the tile that it was read from, too early.
+MASKED_ROWS = 32
 # A launch of this many blocks for each multiprocessor keeps a GPU busy.
 _FULL = 0.8
 # Columns of one accumulator.
@@ -98,6 +102,7 @@ def shrink(
     most_columns: int = MOST_COLUMNS,
     products: int = 1,
     whole: bool = False,
+    masked: bool = False,
 ) -> Shrink:
     """The tile of ``[tokens, features] x [features, columns]``.
 
@@ -107,6 +112,7 @@ def shrink(
         most_columns: of the first product in one block.
         products: how many such products run at once.
         whole: one part has all features.
+        masked: threads change a tile of x before it is multiplied.
     """
     length = segment(features)
     segments = 1 if whole else max(cdiv(features, length), 1)
@@ -123,6 +129,8 @@ def shrink(
         BA, columns, BB = _columns(columns_a, columns_b, most, _most_columns(parts, itemsize, arch))
         if cdiv(tokens, BT) * parts * columns * products >= _FULL * arch.multiprocessors:
             break
+    if masked:
+        BT = MASKED_ROWS
     return Shrink(
         parts, spans[parts], columns, BT, SHRINK_STEP[itemsize], BA, BB, BT // 16,
         _stages(3 if itemsize == 4 else 4, arch),
@@ -157,14 +165,20 @@ def _columns(columns_a: int, columns_b: int, BA: int, most: int) -> tuple[int, i
 
 
 def fused_shrink(
-    tokens: int, features: int, columns_a: int, columns_b: int, itemsize: int, arch: Arch
+    tokens: int,
+    features: int,
+    columns_a: int,
+    columns_b: int,
+    itemsize: int,
+    arch: Arch,
+    masked: bool = False,
 ) -> Shrink | None:
     """The tile of a shrink whose blocks end with the mix; None if it had better be a kernel apart.
 
     Args:
         columns_a, columns_b: as the mix sees them, padding included.
     """
-    tile = shrink(tokens, features, columns_a, columns_b, itemsize, arch)
+    tile = shrink(tokens, features, columns_a, columns_b, itemsize, arch, masked=masked)
     # Blocks that share neither a token's features nor its columns.
     whole = tile.parts == tile.columns == 1
     # A mix holds several tiles of its columns; with more of them registers spill.

@@ -314,7 +314,9 @@ def topk_forward(
     mixed = launch.workspace(x, T, E * r)
     constants, columns = _constants(E, r, top_k, renormalize)
     tile = tiles.mix(columns)
-    fused = tiles.fused_shrink(T, K, columns, constants["EP"], x.element_size(), launch.arch())
+    fused = tiles.fused_shrink(
+        T, K, columns, constants["EP"], x.element_size(), launch.arch(), masks.seed is not None
+    )
     if masks.groups > 1:
         fused = None
     count = tiles.cdiv(T, (fused or tile).BT)
