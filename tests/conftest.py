@@ -1,10 +1,28 @@
 """Every test starts from the same random state, so that a failure can be repeated."""
 
+import devices
 import pytest
 import torch
 
 import moelora_ops
 from moelora_ops.backends import extension
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="GPU kernels run on this machine's CUDA device, not on the emulator",
+    )
+
+
+def pytest_configure(config):
+    devices.real = config.getoption("--gpu")
+
+
+def pytest_runtest_setup(item):
+    if not devices.real and item.get_closest_marker("gpu"):
+        pytest.skip("needs a CUDA device and --gpu")
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,8 @@ Every launch goes through the package's own bindings and host launchers, and eve
 allocate is filled with NaN first.
 """
 
+import contextlib
+import functools
 import hashlib
 import re
 import shutil
@@ -11,11 +13,12 @@ import subprocess
 from pathlib import Path
 
 import cases
+import devices
 import pytest
 import torch
 from cases import Shape, make_inputs, run
 
-from moelora_ops import backends, functional, ops, use_backend
+from moelora_ops import functional, ops, use_backend
 from moelora_ops.backends import extension
 from moelora_ops.reference import keep_mask
 from tools.gpu_emulator import cuda_runtime
@@ -48,18 +51,37 @@ def library(request):
 
 
 @pytest.fixture
-def gpu(library, monkeypatch):
-    """Makes an emulated GPU: the cuda back end takes CPU tensors."""
-    table = tuple(
-        row._replace(device="cpu", missing=lambda: "") if row.name == "cuda" else row
-        for row in backends.BACKENDS
-    )
-    monkeypatch.setattr(backends, "BACKENDS", table)
-    monkeypatch.setattr(backends, "_BY_NAME", {row.name: row for row in table})
-    with use_backend("cuda"):
-        yield lambda arch="80", multiprocessors=132, **options: cuda_runtime.emulated_cuda(
-            library, arch, multiprocessors=multiprocessors, **options
-        )
+def gpu(request):
+    """Makes a GPU, emulated unless pytest was told ``--gpu``: the cuda back end takes CPU tensors.
+
+    This machine's own has the architecture and the multiprocessors that it has, and no records.
+    """
+    if devices.real:
+        devices.skip_unless_it_runs("cuda")
+        make = this_gpu
+    else:
+        library = request.getfixturevalue("library")
+        make = functools.partial(emulated_gpu, library)
+    with devices.on_cpu_tensors("cuda"):
+        yield make
+
+
+def emulated_gpu(library, arch="80", multiprocessors=132, **options):
+    return cuda_runtime.emulated_cuda(library, arch, multiprocessors=multiprocessors, **options)
+
+
+@contextlib.contextmanager
+def this_gpu(arch="80", multiprocessors=132, **options):
+    if options:
+        pytest.skip(f"a real device has its own {', '.join(options)}")
+    with devices.carried("cuda"):
+        yield ThisGpu()
+
+
+class ThisGpu:
+    @property
+    def launches(self):
+        pytest.skip("the emulator alone records launches")
 
 
 def normal(*shape, dtype=F32, seed=0):

@@ -1,0 +1,84 @@
+"""Where GPU kernels run in the tests: on the emulator, or with ``pytest --gpu`` on a CUDA device.
+
+Tests that know the emulator hand CPU tensors to the operators of a GPU back end.  With ``--gpu``
+each call is carried to the device: the same tests, and the same bits go in.  Tests that need CUDA
+tensors, streams or graphs are marked ``gpu``, and run with ``--gpu`` alone.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from moelora_ops import backends, ops, use_backend
+
+real = False  # set by conftest.py: pytest --gpu
+
+
+@contextlib.contextmanager
+def on_cpu_tensors(backend: str) -> Iterator[None]:
+    """Forces `backend`, which takes CPU tensors meanwhile."""
+    row = backends._BY_NAME[backend]._replace(device="cpu", missing=lambda: "")
+    table = tuple(row if other.name == backend else other for other in backends.BACKENDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "BACKENDS", table)
+        patch.setattr(backends, "_BY_NAME", {row.name: row for row in table})
+        with use_backend(backend):
+            yield
+
+
+def skip_unless_it_runs(backend: str) -> None:
+    """Skip this test where `backend` does not run, say because it was not built."""
+    if why := dict(backends.available())[backend]:
+        pytest.skip(f"{backend}: {why}")
+
+
+@contextlib.contextmanager
+def carried(
+    backend: str, device: str = "cuda", operators: ops.Operators | None = None
+) -> Iterator[None]:
+    """The operators of `backend`, called on CPU tensors, run on copies of them on `device`.
+
+    Args:
+        backend: whose operators are called.
+        device: where they run.
+        operators: what runs there, by default the operators themselves.
+    """
+    with torch.library._scoped_library(ops.NAMESPACES[backend], "IMPL") as library:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kernels that are overridden, as is meant
+            for name, operator in vars(operators or ops.of(backend)).items():
+                run = functools.partial(_carry, operator, device)
+                library.impl(name, run, "CPU", allow_override=True)
+        yield
+
+
+def _carry(operator: Callable, device: str, *arguments):
+    """Call `operator` on copies on `device`, and copy back what it returns and changes.
+
+    Storages travel whole and once: strides, the memory between rows and what arguments share stay
+    as they are.
+    """
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def there(t):
+        if not isinstance(t, Tensor):
+            return t
+        here = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
+        _, copy = copies.setdefault(here.data_ptr(), (here, here.to(device, copy=True)))
+        return torch.empty(0, dtype=t.dtype, device=device).set_(
+            copy.untyped_storage(), t.storage_offset(), t.shape, t.stride()
+        )
+
+    results = operator(*map(there, arguments))
+    for here, copy in copies.values():
+        here.copy_(copy)
+    if results is None:
+        return None
+    if isinstance(results, Tensor):
+        return results.cpu()
+    return tuple(result.cpu() for result in results)
