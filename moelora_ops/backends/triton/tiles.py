@@ -33,9 +33,8 @@ MOST_SEGMENTS = 8
 # ...where the first and the last four are summed left to right before both sums are added.
 HALF = 4
 _LEAST_SEGMENT = 128
-# Rows of a tile that is masked before it is multiplied, for the same bits in every number of tokens
-# those of all.  They are too few for sm_90's asynchronous products: with an operand that comes
-# through registers, Triton 3.6 overwrites it, and 3.9 the tile that it was read from, too early.
+# Rows of a tile that is masked before it is multiplied: too few for sm_90's asynchronous products,
+# for whose operands in registers Triton 3.6 overwrites these, and 3.9 the tile, too early.
 MASKED_ROWS = 32
 # A launch of this many blocks for each multiprocessor keeps a GPU busy.
 _FULL = 0.8
@@ -132,7 +131,7 @@ def shrink(
     if masked:
         BT = MASKED_ROWS
     return Shrink(
-        parts, spans[parts], columns, BT, SHRINK_STEP[itemsize], BA, BB, BT // 16,
+        parts, spans[parts], columns, BT, SHRINK_STEP[itemsize], BA, BB, max(BT // 16, 4),
         _stages(3 if itemsize == 4 else 4, arch),
     )  # fmt: skip
 
