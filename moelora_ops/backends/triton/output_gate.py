@@ -53,14 +53,14 @@ def load_fed(tile, q, E: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, 
     """Chunk q of hidden, zero for experts that do not feed the gate: [BT, C].
 
     Args:
-        tile: hidden [parts, T, E * RANK], parts, T as int64, fed, and of the tile's tokens their
-            indices, int64 [BT], and which exist.
+        tile: hidden [., E * RANK], fed, and of the tile's tokens their indices, int64 [BT], and
+            which exist.
     """
-    hidden, parts, T, fed, rows, exists = tile
+    hidden, fed, rows, exists = tile
     expert, column, exists_column = chunk_columns(q, E, RANK, WIDTH, C)
     mask = exists[:, None] & feeds(fed, expert, exists_column)[None, :]
-    R: tl.constexpr = E * RANK
-    return add_counted(hidden, rows[:, None] * R + column[None, :], T * R, mask, parts)
+    at = hidden + rows[:, None] * (E * RANK) + column[None, :]
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def gate(
     """
     GROUPS: tl.constexpr = (E + GROUP - 1) // GROUP
     PIECES: tl.constexpr = (WIDTH + C - 1) // C
-    fed = tile[3]
+    fed = tile[1]
     inverse, mean = tl.full([BT], 1.0, tl.float32), tl.zeros([BT], tl.float32)
     if NORMALIZATION == LAYERNORM:
         feeding = count_feeding(fed, E, EP)
@@ -242,15 +242,15 @@ def slice_columns(j, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, S: t
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def mix(
-    hidden_parts, parts, saved, projection, factors, means, scales, tau, mask, fed, gates, mixed, T,
-    N, pitch, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
+    hidden_parts, parts, hidden, projection, factors, means, scales, tau, mask, fed, gates, mixed,
+    T, N, pitch, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
     C: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, NORMALIZATION: tl.constexpr,
     BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From a shrink's parts to gates [T, E] and `mixed` [T, E * RANK].  Grid: row tiles.
 
     Args:
-        saved: float32 [T, E * RANK], hidden; written unless a single part lies there.
+        hidden: float32 [T, E * RANK], written unless a single part lies there.
         mask, fed: bool [E] or None, which experts may be used and which feed the gate.
         mixed: pitch (in eights) from row to row.
     """
@@ -259,9 +259,17 @@ def mix(
     exists = rows < T
     tokens = T.to(tl.int64)
     n = tl.arange(0, EP)
+    if parts > 1:
+        for first in range(0, R, C):
+            column = first + tl.arange(0, C)
+            at = rows[:, None] * R + column[None, :]
+            mask_h = exists[:, None] & (column < R)[None, :]
+            h = add_counted(hidden_parts, at, tokens * R, mask_h, parts)
+            tl.store(hidden + at, h, mask=mask_h)
+        tl.debug_barrier()  # other threads of the block read it
     logits, _, _ = gate(
-        (hidden_parts, parts, tokens, fed, rows, exists), projection, factors, means, N, BT, E,
-        RANK, EP, WIDTH, C, GROUP, NORMALIZATION, PRECISION,
+        (hidden, fed, rows, exists), projection, factors, means, N, BT, E, RANK, EP, WIDTH, C,
+        GROUP, NORMALIZATION, PRECISION,
     )  # fmt: skip
     logits *= 1 / tl.load(tau)
     if mask is not None:
@@ -272,10 +280,8 @@ def mix(
     weights = g * tl.load(scales + n, mask=n < E, other=0.0)[None, :]
     for j in range(0, RANK, S):
         column, exists_column = slice_columns(j, E, RANK, EP, S)
-        at = rows[:, None] * R + column[None, :]
         mask_h = exists[:, None] & exists_column[None, :]
-        h = add_counted(hidden_parts, at, tokens * R, mask_h, parts)
-        tl.store(saved + at, h, mask=mask_h & (parts > 1))
+        h = tl.load(hidden + rows[:, None] * R + column[None, :], mask=mask_h, other=0.0)
         at = mixed + rows[:, None] * in_eights(pitch, True) + column[None, :]
         tl.store(at, times_experts(h, weights).to(mixed.dtype.element_ty), mask=mask_h)
 
@@ -305,7 +311,7 @@ def mix_backward(
     exists = rows < T
     tokens = T.to(tl.int64)
     n = tl.arange(0, EP)
-    tile = (hidden, 1, tokens, fed, rows, exists)
+    tile = (hidden, fed, rows, exists)
     logits, inverse, mean = gate(
         tile, projection, factors, means, N, BT, E, RANK, EP, WIDTH, C, GROUP, NORMALIZATION,
         PRECISION,
