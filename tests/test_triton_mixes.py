@@ -1,0 +1,256 @@
+"""Mixes of the Triton back end, through their public functions, run by the emulator.
+
+As in test_triton.py, cases share shapes, so that their kernels are compiled once.
+"""
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from mixes import MIXES, SIZES, Size, assert_within_budget, make_inputs, recorded_calls, run
+from triton_gpu import gpu, names, needs_triton
+
+from moelora_ops import ops
+from moelora_ops.backends import extension
+
+pytestmark = needs_triton
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+triton_ops = ops.of("triton")
+AGREE_WITH = None if extension.why_missing() else "cpu"
+
+NO_TOKENS, DECODE, STANDARD, MANY = (SIZES[i] for i in (0, 1, 7, 11))
+HIGHEST_RANK = Size((20,), 40, 56, 2, 130)
+LONG = Size((2, 520), 24, 40, 3, 2)
+
+
+# With one multiprocessor blocks are as large as for many tokens.
+@pytest.mark.parametrize(
+    ("name", "variant", "size", "arch", "dtype", "multiprocessors"),
+    [
+        ("gated", "token", NO_TOKENS, 90, BF16, None),
+        ("gated", "sequence", NO_TOKENS, 90, BF16, None),
+        ("gated", "scales", DECODE, 90, BF16, None),
+        ("gated", "map-relu", STANDARD, 90, BF16, None),
+        ("gated", "map-relu", STANDARD, 90, BF16, 1),
+        ("gated", "gelu_tanh-biases", STANDARD, 90, BF16, None),
+        ("gated", "gelu-biases", HIGHEST_RANK, 80, F16, None),
+        ("gated", "dropout", MANY, 80, F32, None),
+        ("averaged", "token", NO_TOKENS, 90, BF16, None),
+        ("averaged", "sequence", NO_TOKENS, 90, BF16, None),
+        ("averaged", "map", STANDARD, 90, BF16, None),
+        ("averaged", "splits", STANDARD, 80, F16, None),
+        ("averaged", "splits-sequence", STANDARD, 90, BF16, None),
+        ("averaged", "sequence", LONG, 80, F32, None),
+    ],
+    ids=str,
+)
+def test_matches_reference(name, variant, size, arch, dtype, multiprocessors):
+    """Output and every gradient, as close to the reference and the C++ kernels as PyTorch is."""
+    launched = []
+
+    @contextlib.contextmanager
+    def backend():
+        with gpu(arch, multiprocessors) as device:
+            yield
+        launched.append(names(device))
+
+    assert_within_budget(backend, name, variant, size, dtype, 1, AGREE_WITH)
+    # Beside the base GEMM: at most 3 forward and 5 backward.
+    assert len(launched[0]) <= (8 if torch.Size(size.lead).numel() else 0)
+
+
+SPLIT = ["shrink_parts", "mix", "expand_rows", "shrink_parts", "mix_backward", "expand_rows"]
+FUSED = ["shrink_and_mix", "expand_rows", "shrink_and_mix_backward", "expand_rows"]
+MERGED = ["merge", "shrink_sequences", "expand_sequences"]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "multiprocessors", "want"),
+    [
+        ("gated", "map-relu", 132, [*SPLIT, "outer_parts"]),
+        ("gated", "map-relu", 1, [*FUSED, "outer_parts"]),
+        ("averaged", "map", 132, [*SPLIT, "outer_parts"]),
+        ("averaged", "splits-sequence", 132, [*MERGED, *MERGED, "outer_sequences", "unmerge"]),
+    ],
+)
+def test_launches(name, variant, multiprocessors, want):
+    inputs = make_inputs(name, variant, STANDARD, BF16)
+    with gpu(90, multiprocessors, execute=False) as device:
+        run(MIXES[name].function, inputs)
+    assert names(device) == want
+
+
+def adapter(name, inputs, rows):
+    """Output and dx of the adapter alone for some rows of x's first dimension."""
+    tensors = {n: t for n, t in inputs.tensors.items() if n not in ("weight", "bias")}
+    options = dict(inputs.options)
+    x = tensors["x"] = tensors["x"][rows].requires_grad_()
+    if "row_map" in options:
+        options["row_map"] = options["row_map"][rows]
+    else:
+        tensors["weights"] = tensors["weights"][rows]
+    dy = inputs.dy[rows]
+    base_output = torch.zeros_like(dy)
+    y = MIXES[name].function(**tensors, weight=None, bias=None, base_output=base_output, **options)
+    return y.detach(), *torch.autograd.grad(y, x, dy)
+
+
+@pytest.mark.parametrize(("name", "variant"), [("gated", "map-relu"), ("averaged", "map")])
+def test_a_token_does_not_depend_on_its_neighbours(name, variant):
+    """The same bits alone and among others, whatever the tiles and wherever the mix runs."""
+    inputs = make_inputs(name, variant, STANDARD._replace(lead=(70,)), BF16)
+    with gpu(90):
+        whole = adapter(name, inputs, list(range(70)))
+    for multiprocessors in (132, 1) if name == "gated" else (132,):
+        with gpu(90, multiprocessors):
+            for rows in ([7], [66, 3], list(range(70))):
+                for got, want in zip(adapter(name, inputs, rows), whole, strict=True):
+                    assert torch.equal(got, want[rows])
+
+
+def test_a_token_does_not_depend_on_its_sequence():
+    """Merged factors: the same bits in a shorter sequence, and beside fewer."""
+    inputs = make_inputs("averaged", "splits-sequence", STANDARD, BF16)
+    with gpu(90):
+        whole = adapter("averaged", inputs, [0, 1])
+        short = inputs._replace(
+            tensors=inputs.tensors | {"x": inputs.tensors["x"][:, :20].contiguous()},
+            dy=inputs.dy[:, :20].contiguous(),
+        )
+        for rows in ([1], [1, 0]):
+            for got, want in zip(adapter("averaged", short, rows), whole, strict=True):
+                assert torch.equal(got, want[rows, :20])
+
+
+# ---------------------------------------------------------------- shared weights
+
+
+@pytest.mark.parametrize(("name", "variant"), [("gated", "map-relu"), ("averaged", "map")])
+def test_a_token_that_is_not_finite_spoils_no_other(name, variant):
+    """Its row and its row of the weights are NaN; the others keep their bits."""
+    inputs = make_inputs(name, variant, STANDARD._replace(lead=(70,)), BF16)
+    row = int(inputs.options["row_map"][3])
+    results = []
+    for value in (inputs.tensors["x"][3].clone(), float("nan")):
+        inputs.tensors["x"][3] = value
+        with gpu(90):
+            results.append(run(MIXES[name].function, inputs))
+    clean, spoiled = results
+    for key, own in (("y", 3), ("dweights", row)):
+        others = [i for i in range(len(clean[key])) if i != own]
+        assert clean[key].isfinite().all()
+        assert torch.equal(spoiled[key][others], clean[key][others])
+        assert spoiled[key][own].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "want"),
+    [
+        ("gated", "gelu_tanh-biases", ["shrink_parts", "mix_backward", "outer_parts"]),
+        ("averaged", "map", ["shrink_parts", "mix_backward", "outer_parts"]),
+        (
+            "averaged",
+            "splits-sequence",
+            ["merge", "shrink_sequences", "outer_sequences", "unmerge"],
+        ),
+    ],
+)
+def test_frozen_experts_with_trained_weights(name, variant, want):
+    """Nothing is computed but the weights' gradient."""
+    inputs = make_inputs(name, variant, STANDARD, BF16)
+    weights = inputs.tensors["weights"].clone().requires_grad_()
+    with gpu(90) as device:
+        everything = run(MIXES[name].function, inputs)
+        y = MIXES[name].function(**inputs.tensors | {"weights": weights}, **inputs.options)
+        device.launches.clear()
+        (dweights,) = torch.autograd.grad(y, weights, inputs.dy)
+    assert names(device) == want
+    torch.testing.assert_close(dweights, everything["dweights"], rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- operators
+
+
+@functools.cache
+def calls_of(name, variant, lead=(20,)):
+    """The arguments of the operators of a mix in one forward and backward pass."""
+    operators = (f"{name}_forward", f"{name}_backward")
+    inputs = make_inputs(name, variant, STANDARD._replace(lead=lead), BF16)
+    with gpu(90), recorded_calls(triton_ops, operators) as calls:
+        run(MIXES[name].function, inputs)
+    return tuple(calls[operator][0] for operator in operators)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "lead"),
+    [
+        ("gated", "map-relu", (20,)),
+        ("averaged", "map", (20,)),
+        ("averaged", "splits-sequence", (2, 10)),
+    ],
+)
+def test_opcheck(name, variant, lead):
+    forward, backward = calls_of(name, variant, lead)
+    with gpu(90):
+        torch.library.opcheck(getattr(triton_ops, f"{name}_forward"), forward)
+        torch.library.opcheck(getattr(triton_ops, f"{name}_backward"), backward)
+
+
+# Where the operators' arguments are.
+ROW_MAP = {"gated_forward": 6, "averaged_forward": 4}
+
+
+@pytest.mark.parametrize(("name", "variant"), [("gated", "map-relu"), ("averaged", "map")])
+def test_a_row_that_does_not_exist_reads_as_nan(name, variant):
+    """A wrong row_map reaches no foreign memory; on a GPU its values are not looked at before."""
+    arguments, _ = calls_of(name, variant)
+    outputs = []
+    for wrong in (False, True):
+        y = torch.zeros(20, STANDARD.N, dtype=BF16)
+        call = [y if isinstance(a, torch.Tensor) and a.shape == y.shape else a for a in arguments]
+        if wrong:
+            rows = call[ROW_MAP[f"{name}_forward"]] = arguments[ROW_MAP[f"{name}_forward"]].clone()
+            rows[3], rows[11] = 4, -1
+        with gpu(90):
+            getattr(triton_ops, f"{name}_forward")(*call)
+        outputs.append(y)
+    right, wrong = outputs
+    others = [t for t in range(20) if t not in (3, 11)]
+    assert torch.equal(wrong[others], right[others]) and right.isfinite().all()
+    assert wrong[[3, 11]].isnan().all()
+
+
+# What would make a kernel read or write out of bounds, and the argument that the error names.
+@pytest.mark.parametrize(
+    ("operator", "variant", "position", "bad", "name"),
+    [
+        ("gated_forward", "map-relu", 0, torch.zeros(20, 199, dtype=BF16), "x"),
+        ("gated_forward", "map-relu", 1, torch.zeros(8, 7, 200, dtype=BF16), "lora_up"),
+        ("gated_forward", "map-relu", 2, torch.zeros(7, 8, dtype=BF16), "down_bias"),
+        ("gated_forward", "map-relu", 4, torch.zeros(8, 135, dtype=BF16), "up_bias"),
+        ("gated_forward", "map-relu", 5, torch.zeros(4, 7), "weights"),
+        ("gated_forward", "map-relu", 5, torch.zeros(4, 8, dtype=BF16), "weights"),
+        ("gated_forward", "map-relu", 6, torch.zeros(19, dtype=torch.int32), "row_map"),
+        ("gated_forward", "map-relu", 6, torch.zeros(20, dtype=torch.int64), "row_map"),
+        ("gated_forward", "map-relu", 9, torch.zeros(20, 135, dtype=BF16), "y"),
+        ("gated_forward", "map-relu", 11, 4, "activation"),
+        ("gated_backward", "map-relu", 0, torch.zeros(19, 136, dtype=BF16), "dy"),
+        ("gated_backward", "map-relu", 9, torch.zeros(20, 63), "hidden"),
+        ("gated_backward", "map-relu", 10, torch.zeros(20, 199, dtype=BF16), "dx"),
+        ("averaged_forward", "map", 3, torch.zeros(4, 9), "weights"),
+        ("averaged_forward", "map", 7, 3, "splits"),
+        ("averaged_forward", "map", 9, True, "row_map"),
+        ("averaged_backward", "map", 6, torch.zeros(20, 8), "hidden"),
+        ("averaged_backward", "map", 7, torch.zeros(20, 199, dtype=BF16), "dx"),
+    ],
+)
+def test_operators_called_directly_do_not_leave_their_memory(
+    operator, variant, position, bad, name
+):
+    mix, direction = operator.rsplit("_", 1)
+    arguments = list(calls_of(mix, variant)[direction == "backward"])
+    arguments[position] = bad
+    with gpu(90), pytest.raises(RuntimeError, match=name):
+        getattr(triton_ops, operator)(*arguments)
