@@ -1,4 +1,4 @@
-"""What is built and what would run here: ``python -m moelora_ops.info [--json]``."""
+"""What is built and what would run here: ``python -m moelora_ops.info [--json | --tiles]``."""
 
 import argparse
 import json
@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from . import _version, backends
-from .backends import extension
+from .backends import extension, strategy, triton
+from .backends.triton import tiles
 
 ENVIRONMENT = {
     "MOELORA_BACKEND": "forces one back end",
@@ -19,6 +20,9 @@ ENVIRONMENT = {
     "MOELORA_SMALL_LINEAR": "0 leaves the frozen product of a few tokens to the library",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Typical mixtures, and numbers of tokens: decoding, a short prompt, training.
+MIXTURES = ({"num_experts": 8, "rank": 8, "top_k": 2}, {"num_experts": 64, "rank": 16, "top_k": 2})
+TOKENS = (1, 32, 512, 8192)
 
 
 def collect() -> dict:
@@ -38,6 +42,12 @@ def collect() -> dict:
             "isa": extension.isa_level(),
         },
         "backends": dict(backends.available()),
+        "triton": {
+            "version": triton.version() or None,
+            "missing": dict(backends.available())["triton"],
+            "archs": [arch.name for arch in tiles.ARCHS],
+        },
+        "paths": {row.name: _paths(row.name) for row in backends.BACKENDS if _has_kernels(row)},
         "runs": {_short(dtype): _would_run(dtype) for dtype in DTYPES},
         "small_linear": {
             "enabled": extension.small_linear_enabled(),
@@ -83,6 +93,24 @@ def _would_run(dtype: torch.dtype) -> str:
             return f"error: {error}"
 
 
+def _has_kernels(row: backends.Backend) -> bool:
+    """Whether a back end has kernels of its own here, be there a device for them or not."""
+    return row.name in strategy.PATHS and not row.missing()
+
+
+def _paths(backend: str) -> dict:
+    """The paths of top-k that a back end has, and what it takes by itself, in bfloat16."""
+    return {
+        "has": list(strategy.PATHS[backend]),
+        "takes": [
+            {**mixture, "tokens": tokens,
+             "path": strategy.choose(backend, **mixture, tokens=tokens, dtype=torch.bfloat16)}
+            for mixture in MIXTURES
+            for tokens in TOKENS
+        ],
+    }  # fmt: skip
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -90,6 +118,7 @@ def _short(dtype: torch.dtype) -> str:
 def format_info(info: dict) -> str:
     """The report, a fact a line."""
     box, built, small = info["machine"], info["extension"], info["small_linear"]
+    gpu = info["triton"]
     limits = ", ".join(f"{dtype} up to {tokens}" for dtype, tokens in small["up_to_tokens"].items())
     rows = [
         ("moelora_ops", f"{info['moelora_ops']}  ({info['path']})"),
@@ -102,6 +131,15 @@ def format_info(info: dict) -> str:
         ("  runs at", built["isa"]),
         ("back ends", ""),
         *((f"  {name}", why or "available") for name, why in info["backends"].items()),
+        ("triton", gpu["version"] or "-"),
+        ("  runs here", f"no: {gpu['missing']}" if gpu["missing"] else "yes"),
+        ("  compiled in tests for", ", ".join(gpu["archs"])),
+        ("top-k paths, bfloat16", ""),
+        *(
+            (f"  {name} {mixture}", taken)
+            for name, paths in info["paths"].items()
+            for mixture, taken in _taken(paths["takes"])
+        ),
         ("CPU tensors run on", ""),
         *((f"  {dtype}", name) for dtype, name in info["runs"].items()),
         ("own frozen product", f"{'on' if small['enabled'] else 'off'}: tokens in {limits}"),
@@ -114,10 +152,47 @@ def format_info(info: dict) -> str:
     return "\n".join(f"{name:<22} {value}".rstrip() for name, value in rows)
 
 
+def _taken(takes: list[dict]) -> list[tuple[str, str]]:
+    """What is taken for each mixture, in a line."""
+    mixtures: dict[str, dict[str, list[str]]] = {}
+    for t in takes:
+        paths = mixtures.setdefault(f"E={t['num_experts']} r={t['rank']} k={t['top_k']}", {})
+        paths.setdefault(t["path"], []).append(str(t["tokens"]))
+    return [
+        (mixture, "; ".join(f"{path} for T = {', '.join(T)}" for path, T in paths.items()))
+        for mixture, paths in mixtures.items()
+    ]
+
+
+def format_tiles(features: int = 4096, num_experts: int = 8, rank: int = 8) -> str:
+    """The tiles of the Triton products for typical sizes, a kernel a line."""
+    lines = [f"K = N = {features}, E = {num_experts}, r = {rank}"]
+    R = num_experts * rank
+    for arch in tiles.ARCHS:
+        for dtype in (torch.bfloat16, torch.float32):
+            for tokens in TOKENS:
+                rest = (dtype.itemsize, arch)
+                chosen = {
+                    "shrink": tiles.shrink(tokens, features, R, num_experts, *rest),
+                    "expand": tiles.expand(tokens, features, R, *rest),
+                    "outer": tiles.outer(tokens, 2 * features, R, *rest),
+                }
+                for name, tile in chosen.items():
+                    fields = " ".join(f"{n}={v}" for n, v in tile._asdict().items())
+                    lines.append(
+                        f"{arch.name:<7} {_short(dtype):<9} T={tokens:<6} {name}  {fields}"
+                    )
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moelora_ops.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print json instead of text")
+    parser.add_argument("--tiles", action="store_true", help="print the tiles of the GPU kernels")
     arguments = parser.parse_args(argv)
+    if arguments.tiles:
+        print(format_tiles())
+        return 0
     info = collect()
     print(json.dumps(info, indent=2) if arguments.json else format_info(info))
     return 0

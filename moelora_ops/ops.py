@@ -137,21 +137,6 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 STRATEGIES = ("auto", "stacked", "grouped")
 
 
-def is_stacked(backend: str, strategy: str, num_experts: int, top_k: int) -> bool:
-    """Whether a kernel computes all experts (``stacked``) or a token's chosen ones (``grouped``).
-
-    On a CPU flops decide: grouped kernels touch k*r rows of a token, one token at a time; stacked
-    ones touch all E*r rows but share each load between several tokens.  That measured 6 to 17 %
-    faster at k = E and no faster at k = 6 of 8 (docs/design.md).  The choice depends on E and k
-    alone, so that the bits of a token never depend on how many others there are.
-
-    On a GPU the stacked products are bound by the memory that x takes.
-    """
-    if strategy == "auto":
-        return backend != "cpu" or 8 * top_k > 7 * num_experts
-    return strategy == "stacked"
-
-
 def topk_saved_size(
     backend: str, tokens: int, num_experts: int, rank: int, top_k: int, stacked: bool
 ) -> int:

@@ -9,7 +9,8 @@ import torch
 
 import moelora_ops
 from moelora_ops import backends, info
-from moelora_ops.backends import extension
+from moelora_ops.backends import extension, strategy, triton
+from moelora_ops.backends.triton import tiles
 
 
 def test_facts():
@@ -39,6 +40,45 @@ def test_missing_extension_says_why(monkeypatch):
         "path": None, "missing": "no compiler was found", "isa_levels": [], "isa": "none",
     }  # fmt: skip
     assert "missing: no compiler was found" in info.format_info(facts)
+
+
+def test_gpu_facts():
+    facts = info.collect()
+    assert facts["triton"]["version"] == (triton.version() or None)
+    assert facts["triton"]["missing"] == dict(backends.available())["triton"]
+    assert facts["triton"]["archs"] == ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+def test_paths_are_those_that_exist(monkeypatch):
+    """Of back ends with kernels; a path that a back end lacks is nowhere."""
+    monkeypatch.setattr(triton, "_missing", "")
+    monkeypatch.setitem(strategy.PATHS, "triton", ("stacked",))
+    facts = info.collect()
+    assert {t["path"] for t in facts["paths"]["triton"]["takes"]} == {"stacked"}
+    assert "decode for" not in info.format_info(facts)
+    monkeypatch.setitem(strategy.PATHS, "triton", ("stacked", "decode"))
+    text = info.format_info(info.collect())
+    assert "  triton E=8 r=8 k=2 " in text
+    assert "decode for T = 1, 32; stacked for T = 512, 8192" in text
+    monkeypatch.setattr(triton, "_missing", "triton is not installed")
+    table = tuple(
+        row._replace(missing=triton.why_missing) if row.name == "triton" else row
+        for row in backends.BACKENDS
+    )
+    monkeypatch.setattr(backends, "BACKENDS", table)
+    facts = info.collect()
+    assert "triton" not in facts["paths"]
+    assert "no: triton is not installed" in info.format_info(facts)
+
+
+def test_tiles(capsys):
+    """One line for each architecture, dtype, number of tokens and product."""
+    assert info.main(["--tiles"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 4 * 2 * len(info.TOKENS) * 3
+    tile = tiles.expand(8192, 4096, 64, 2, tiles.ARCHS[1])
+    (line,) = (t for t in lines if t.split()[:4] == ["sm_90", "bfloat16", "T=8192", "expand"])
+    assert f"BT={tile.BT} BN={tile.BN} BR={tile.BR} walk={tile.walk}" in line
 
 
 def test_forced_back_end_is_shown():

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..autograd import TopkMixture, topk_mixture
+from ..backends.strategy import is_stacked
 from ..reference import Routing
 from . import common
 
@@ -57,7 +58,7 @@ def mola(
         base_output: ``[..., N]``, output of a frozen layer that is not a plain linear; replaces
             weight and bias.
         strategy: ``"stacked"`` computes every expert, ``"grouped"`` only the chosen ones,
-            ``"auto"`` decides from E and k.
+            ``"auto"`` decides from E, r, k and the dtype (:mod:`moelora_ops.backends.strategy`).
         return_routing: also return the :class:`Routing` by-products.
 
     Returns:
@@ -95,7 +96,7 @@ def _run(
     x, weight, bias, lora_down, lora_up, router, top_k, scale, renormalize, dropout, dropout_mode,
     seed, base_output, strategy,
 ):  # fmt: skip
-    num_experts = lora_down.shape[0]
+    num_experts, rank, _ = lora_down.shape
     common.check_top_k(top_k, num_experts)
     common.check_finite("scale", scale)
     common.check_dropout(dropout, dropout_mode)
@@ -115,7 +116,7 @@ def _run(
         topk_mixture, TopkMixture, backend, x, weight, bias, base_output, lora_up.shape[-1],
         lora_down.contiguous(), lora_up.contiguous(), router.contiguous(), seed, top_k, scale,
         renormalize, dropout, dropout_mode == "expert",
-        ops.is_stacked(backend, strategy, num_experts, top_k),
+        is_stacked(backend, strategy, num_experts, rank, top_k, x.dtype),
     )  # fmt: skip
     return y, Routing(counts, prob_sums)
 

@@ -37,15 +37,21 @@ _MODULES = {
 _OLDEST = (3, 6)
 
 
-def _find_missing() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+def version() -> str:
+    """Triton's version, or "" if it is not installed."""
     # Not by importing it, which takes longer than all of this package.
     for name in ("triton", "triton-rocm", "pytorch-triton", "pytorch-triton-rocm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            version = metadata.version(name)
-            if tuple(int(n) for n in version.split(".")[:2]) < _OLDEST:
-                return f"triton {version} is too old, wanted {'.'.join(map(str, _OLDEST))} or later"
+            return metadata.version(name)
+    return ""
+
+
+def _find_missing() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    found = version()
+    if found and tuple(int(n) for n in found.split(".")[:2]) < _OLDEST:
+        return f"triton {found} is too old, wanted {'.'.join(map(str, _OLDEST))} or later"
     return ""
 
 

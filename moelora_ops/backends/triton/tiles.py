@@ -1,7 +1,7 @@
 """Which tile every kernel takes: a pure function of shapes, dtype and architecture.
 
-No kernel is tuned at run time.  ``python -m moelora_ops.backends.triton.tiles`` prints the choices
-for typical shapes.
+No kernel is tuned at run time.  ``python -m moelora_ops.info --tiles`` prints the choices for
+typical shapes.
 
 Three things bound them (docs/design.md): a token's sums go in an order that depends on the number
 of features alone; registers, as the mix comes on top of a product's accumulators; and what the
@@ -23,6 +23,15 @@ class Arch(NamedTuple):
     kind: str
     name: str
     multiprocessors: int
+
+
+# Those that tests compile every kernel for, their largest parts: A100, H200, B200, MI300X.
+ARCHS = (
+    Arch("cuda", "sm_80", 108),
+    Arch("cuda", "sm_90", 132),
+    Arch("cuda", "sm_100", 148),
+    Arch("hip", "gfx942", 304),
+)
 
 
 # Features that a step of a shrink takes.  float32 products add three or six terms a step, so this
@@ -281,7 +290,8 @@ def outer(tokens: int, features: int, rows: int, itemsize: int, arch: Arch) -> O
     BT, BN = 32 if narrow or itemsize == 4 else 64, 64 if itemsize == 4 else 128
     BA = rows_of_product(rows, 64 if narrow or itemsize == 4 else MOST_COLUMNS)
     blocks = max(cdiv(features, BN) * cdiv(rows, BA), 1)
-    # At most 8 parts to add, none of fewer than 256 tokens.
-    splits = max(1, min(8, cdiv(2 * arch.multiprocessors, blocks), tokens // 256))
+    # One wave of blocks, as parts are written and read again; at most 8, none of fewer than 256
+    # tokens.
+    splits = max(1, min(8, round(arch.multiprocessors / blocks), tokens // 256))
     span = BT * max(cdiv(tokens, BT * splits), 1)
     return Outer(BT, BN, BA, cdiv(tokens, span), span, 4 if itemsize == 4 else 8, _stages(3, arch))

@@ -1,0 +1,76 @@
+"""Which path a top-k mixture takes: the measured rule of the CPU, the model of the GPU."""
+
+import pytest
+import torch
+
+from moelora_ops.backends import strategy
+from moelora_ops.backends.strategy import choose, is_stacked, seconds
+
+BRAIN, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture
+def every_path(monkeypatch):
+    """A GPU back end that has every path, as ours may one day."""
+    monkeypatch.setitem(strategy.PATHS, "triton", ("stacked", "grouped", "decode"))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
+def test_an_explicit_strategy_is_taken(backend):
+    for dtype in (BRAIN, FLOAT):
+        assert is_stacked(backend, "stacked", 128, 64, 1, dtype)
+        assert not is_stacked(backend, "grouped", 2, 1, 2, dtype)
+
+
+def test_on_a_cpu_the_share_of_chosen_experts_decides():
+    chosen = [is_stacked("cpu", "auto", 8, 8, k, BRAIN) for k in range(1, 9)]
+    assert chosen == [False] * 7 + [True]
+    assert choose("cpu", 8, 8, 2, 1, BRAIN) == "grouped"
+
+
+def test_what_a_back_end_does_not_have_is_not_chosen():
+    for backend in ("cuda", "triton"):
+        assert {
+            choose(backend, E, 8, k, T, dtype)
+            for E in (1, 8, 128, 1024)
+            for k in (1, 2)
+            for T in (1, 32, 8192)
+            for dtype in (BRAIN, FLOAT)
+        } <= set(strategy.PATHS[backend])
+        assert is_stacked(backend, "auto", 1024, 64, 1, BRAIN)
+
+
+# By hand, many tokens: stacked products take 4 R / 790e12 s a feature and token, grouped ones move
+# 2 (3 k - 1) bytes at 4.3e12 a second; six times the arithmetic and twice the bytes in float32.
+BREAK_EVEN = [(1, BRAIN, 184), (2, BRAIN, 459), (2, HALF, 459), (4, BRAIN, 1010), (2, FLOAT, 153)]
+
+
+@pytest.mark.parametrize("top_k, dtype, rows", BREAK_EVEN)
+def test_many_experts_are_grouped(every_path, top_k, dtype, rows):
+    """Beyond by what a grouped path has in launches more."""
+    assert is_stacked("triton", "auto", rows, 1, top_k, dtype)
+    assert not is_stacked("triton", "auto", rows + rows // 2, 1, top_k, dtype)
+    assert choose("triton", 2 * rows, 1, top_k, 8192, dtype) == "grouped"
+
+
+def test_rows_count_and_not_what_they_belong_to(every_path):
+    for E, r in ((1024, 1), (128, 8), (16, 64)):
+        assert not is_stacked("triton", "auto", E, r, 2, BRAIN)
+    for E, r in ((64, 1), (8, 8), (1, 64)):
+        assert is_stacked("triton", "auto", E, r, 1, BRAIN)
+
+
+def test_few_tokens_take_the_fewest_launches(every_path):
+    for T in (1, 8, 32):
+        assert choose("triton", 8, 8, 2, T, BRAIN) == "decode"
+    assert choose("triton", 8, 8, 2, 33, BRAIN) == "stacked"
+
+
+def test_the_model_by_hand():
+    moved = 2 * 4096 * (2 * 8192 + 2 * 64)
+    assert seconds("stacked", 64, 2, 8192, BRAIN) == moved / 4.3e12 + 3 * 3e-6
+    flops = 4 * 8192 * 1024 * 4096
+    assert seconds("stacked", 1024, 2, 8192, BRAIN) == flops / 790e12 + 3 * 3e-6
+    assert seconds("stacked", 1024, 2, 8192, FLOAT) == 6 * flops / 790e12 + 3 * 3e-6
+    moved = 2 * 4096 * (5 * 8192 + 2 * 1024)
+    assert seconds("grouped", 1024, 2, 8192, BRAIN) == moved / 4.3e12 + 6 * 3e-6
