@@ -182,17 +182,18 @@ def _add_gradients(k: Account) -> None:
 
 
 def by_tiles(k: Account) -> None:
-    """A kernel whose blocks have a tile of tokens each and share only what every block reads.
+    """A kernel whose blocks have a tile of tokens each, by the grid's first direction.
 
-    What one tile moves is executed here; times the tiles, it is what all of them move.
+    They share only what every tile reads.  What one tile moves is executed here; times the tiles,
+    it is what all of them move.
     """
-    tiles, rest = divmod(k.T, k.BT)
-    if k.blocks <= 2:
+    (blocks, *others), (tiles, rest) = k.grid, divmod(k.T, k.BT)
+    if blocks <= 2:
         first = second = k.launch.execute(k.grid)
         tiles, rest = 1, 0
     else:
-        first, second = (k.launch.execute((blocks, 1, 1)) for blocks in (1, 2))
-    last = k.launch.execute((1, 1, 1), T=rest) if rest else None
+        first, second = (k.launch.execute((n, *others)) for n in (1, 2))
+    last = k.launch.execute((1, *others), T=rest) if rest else None
     for total, name in ((k.loads, "loads"), (k.stores, "stores")):
         one, two = getattr(first, name), getattr(second, name)
         more = two.distinct_bytes - one.distinct_bytes
@@ -226,6 +227,12 @@ KERNELS = {
     ("topk", "expand_and_count"): _topk_expand,
     ("topk", "shrink_and_mix_backward"): by_tiles,
     ("topk", "mix_backward"): by_tiles,
+    ("gated", "shrink_and_mix"): by_tiles,
+    ("gated", "mix"): by_tiles,
+    ("gated", "shrink_and_mix_backward"): by_tiles,
+    ("gated", "mix_backward"): by_tiles,
+    ("averaged", "mix"): by_tiles,
+    ("averaged", "mix_backward"): by_tiles,
     ("grid", "mix"): by_tiles,
     ("grid", "mix_backward"): by_tiles,
     ("output_gate", "mix"): by_tiles,

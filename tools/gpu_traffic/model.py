@@ -4,15 +4,15 @@ Nothing here was measured.  A launch takes as long as its slowest resource; what
 start of a launch and its tail are one constant.
 """
 
+from moelora_ops.backends.strategy import DEVICE_MEMORY, LAUNCH, TENSOR_CORES
+from moelora_ops.backends.strategy import L2 as SLOWER_L2
+
 from .accounts import Account
 
 MULTIPROCESSORS = 132
-DEVICE_MEMORY = 4.3e12  # bytes per second that a copy reaches of 4.8e12
-# Between L2 and multiprocessors, bytes per second: published figures of this class, from and to.
-L2 = (7.0e12, 5.5e12)
+# Between L2 and multiprocessors: published figures of this class, from and to.
+L2 = (7.0e12, SLOWER_L2)
 INGEST = 0.75 * 64 * 1.755e9  # bytes per second into one multiprocessor
-TENSOR_CORES = 790e12  # dense 16-bit operations per second that a large GEMM reaches
-LAUNCH = 3e-6  # seconds to fill, to drain and to reach the next launch
 
 
 def seconds(account: Account) -> tuple[float, float]:

@@ -16,8 +16,10 @@ from tools.gpu_emulator import emulated_gpu
 
 from .cases import Call
 
+# Elements of a tensor that is as long as x or y; nothing touches it unless kernels are executed.
+LARGE = 2**22
 # Operations of PyTorch that launch nothing; views beside them say so themselves.
-_NO_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _BASE_GEMM = torch.ops.aten.addmm_.default
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
@@ -89,10 +91,14 @@ class _Recorder(TorchDispatchMode):
             return self._operator(func, args)
         if func is _BASE_GEMM and not self.execute:
             return args[0]
+        result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if func is not _BASE_GEMM and not func.is_view and name not in _NO_KERNEL:
+        if name in _ALLOCATIONS:
+            # Tiles that are executed later shall read numbers.
+            return result if result.numel() > LARGE else result.zero_()
+        if func is not _BASE_GEMM and not func.is_view:
             self.torch_kernels.append(name)
-        return func(*args, **(kwargs or {}))
+        return result
 
     def _operator(self, func, args):
         first, self.torch_kernels = len(self.launches), []
@@ -146,9 +152,9 @@ def record(
 
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros; what is large is never touched, and so takes no memory."""
-    large = math.prod(shape) > 2**20
-    return torch.empty(shape, dtype=dtype) if large else torch.zeros(shape, dtype=dtype)
+    """Zeros, or what takes no memory."""
+    make = torch.empty if math.prod(shape) > LARGE else torch.zeros
+    return make(shape, dtype=dtype)
 
 
 def _normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
