@@ -341,3 +341,52 @@ def test_without_the_extension_the_package_runs_and_says_so_once(error, why):
     assert len(result["said"]) == 1 and why in result["said"][0]
     assert result["equal"] and result["trains"]
     assert result["refused"].startswith(f"backend 'cpu' was asked for, but {why}")
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # what an import finds where it is not installed
+import torch
+import moelora_ops
+from moelora_ops import backends, info
+torch.manual_seed(0)
+truth = moelora_ops.reference.MoLALinear(torch.nn.Linear(6, 5), 4)
+layer = moelora_ops.nn.MoLALinear.from_reference(truth)
+x = torch.randn(7, 6)
+try:
+    with moelora_ops.use_backend("triton"):
+        layer(x)
+    refused = ""
+except RuntimeError as error:
+    refused = str(error)
+facts = info.collect()
+result = {
+    "why": dict(backends.available())["triton"],
+    "close": torch.allclose(layer(x), truth(x), atol=1e-6),
+    "refused": refused,
+    "info": info.format_info(facts),
+    "paths": list(facts["paths"]),
+}
+"""
+
+
+def test_without_triton_the_package_runs_and_says_so():
+    result = run_python(WITHOUT_TRITON)
+    assert result["why"] == "triton is not installed"
+    assert result["close"] and "triton" not in result["paths"]
+    assert "'triton' was asked for, but" in result["refused"]
+    assert "no: triton is not installed" in result["info"]
+
+
+IMPORTS = """
+import sys
+import moelora_ops
+from moelora_ops import info
+info.collect()
+result = "triton" in sys.modules
+"""
+
+
+def test_importing_the_package_does_not_import_triton():
+    """It would take longer than all of the package."""
+    assert run_python(IMPORTS) is False
