@@ -26,6 +26,7 @@ from ..machine import run
 from ..ptx import load
 
 ROOT = Path(__file__).parents[3]
+TORCH = Path(torch.__file__).parent
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 BINDINGS = sorted((ROOT / "csrc").glob("bindings_cuda*.cpp"))
 RUNTIME = Path(__file__).parent / "runtime.c"
@@ -60,14 +61,6 @@ def build(directory: Path, archs: tuple[str, ...] = ("80", "90a"), nvcc: str = "
     Raises subprocess.CalledProcessError, with the compiler's messages on stderr.
     """
 
-    def compile(target: Path, *command) -> Path:
-        if not target.exists():
-            with tempfile.TemporaryDirectory(dir=directory) as scratch:
-                made = Path(scratch) / target.name
-                subprocess.run([*map(str, command), "-o", str(made)], check=True, cwd=ROOT)
-                made.rename(target)
-        return target
-
     library = Library(directory)
     compile(
         library.runtime, "cc", "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.runtime.name}",
@@ -85,18 +78,30 @@ def build(directory: Path, archs: tuple[str, ...] = ("80", "90a"), nvcc: str = "
             ptx = directory / f"{source.stem}.compute_{arch}.ptx"
             compile(ptx, *device_code, f"-arch=compute_{arch}", source)
         objects.append(compile(directory / f"{source.stem}.o", *host_code, source))
-    torch_root = Path(torch.__file__).parent
-    bindings = [
-        "c++", "-O1", "-std=c++20", "-fPIC", "-Icsrc", "-DMOELORA_EMULATED",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_root / "include", "-c",
-    ]  # fmt: skip
-    for source in BINDINGS:
-        objects.append(compile(directory / f"{source.stem}.o", *bindings, source))
     compile(
-        library.module, "c++", "-shared", *objects, library.runtime, f"-L{torch_root / 'lib'}",
-        "-ltorch_cpu", "-Wl,-rpath,$ORIGIN",
+        library.module, "c++", "-shared", *objects, *compile_bindings(directory), library.runtime,
+        f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-Wl,-rpath,$ORIGIN",
     )  # fmt: skip
     return library
+
+
+def compile(target: Path, *command) -> Path:
+    """Makes a file, unless it is there, by a command that takes ``-o``."""
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch) / target.name
+            subprocess.run([*map(str, command), "-o", str(made)], check=True, cwd=ROOT)
+            made.rename(target)
+    return target
+
+
+def compile_bindings(directory: Path) -> list[Path]:
+    """The operators for CPU tensors, over what the kernels' host code is linked with."""
+    command = [
+        "c++", "-O1", "-std=c++20", "-fPIC", "-Icsrc", "-DMOELORA_EMULATED",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", TORCH / "include", "-c",
+    ]  # fmt: skip
+    return [compile(directory / f"{source.stem}.o", *command, source) for source in BINDINGS]
 
 
 @dataclass

@@ -1,0 +1,94 @@
+"""What tests/test_cuda_source.py runs in processes of its own: sanitizers come before Python, and
+a process holds one CUDA back end.
+
+    python cuda_source_runs.py '[{"library": "address.so", "case": "fused", "seeds": [1, 2]}, ...]'
+
+Each job runs in a fork.  Prints a list of their exit statuses and what they wrote to stderr.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from typing import NamedTuple
+
+import cases
+import torch
+from cases import Shape
+
+from moelora_ops import backends, functional, use_backend
+from tools.gpu_emulator import source
+
+
+class Case(NamedTuple):
+    shape: Shape
+    dtype: torch.dtype
+    multiprocessors: int
+    launches: int  # forward and backward
+    options: dict
+
+
+SEED = torch.tensor([0x1234567890ABCDE])
+CASES = {
+    # The mix in the product's own kernel; every stage of its ring is used twice.
+    "fused": Case(Shape(20, 520, 24, 3, 4, 2), torch.bfloat16, 1, 6, {"balance": True}),
+    # Features over several blocks, the mix in a kernel behind; nothing is aligned.
+    "split": Case(
+        Shape(9, 70, 25, 3, 3, 2), torch.float32, 8, 8,
+        {"dropout": 0.3, "dropout_mode": "expert", "seed": SEED, "strategy": "grouped"},
+    ),
+    # Blocks that walk over tokens, and a ring over tokens.
+    "walk": Case(
+        Shape(130, 24, 16, 2, 1, 2), torch.float16, 1, 7,
+        {"dropout": 0.3, "dropout_mode": "token", "seed": SEED, "renormalize": False},
+    ),
+    "double": Case(Shape(3, 5, 7, 2, 2, 1), torch.float64, 8, 8, {"renormalize": False}),
+}  # fmt: skip
+
+
+def check(library: str, case: str, seeds: list[int], budget: bool = False) -> None:
+    """All gradients of a case: the same bits for every seed; if asked for, within the budget."""
+    shape, dtype, multiprocessors, launches, options = CASES[case]
+
+    @contextlib.contextmanager
+    def on(seed=seeds[0]):
+        emulated = source.scheduled(library, multiprocessors=multiprocessors, seed=seed)
+        with use_backend("cuda"), emulated as count:
+            yield
+            assert count() == launches
+
+    inputs, first = cases.make_inputs(shape, dtype), None
+    for seed in seeds:
+        with on(seed):
+            got = cases.run(functional.mola, inputs, shape.k, **options)
+        first = first or got
+        for name, value in first.items():
+            assert torch.equal(got[name], value), (name, seed)
+    if budget:
+        cases.assert_within_budget(shape, dtype, on, draws=3, **options)
+
+
+def run(job: dict) -> tuple[int, str]:
+    with tempfile.TemporaryFile("w+") as stderr:
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                os.dup2(stderr.fileno(), 2)
+                check(**job)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(status)
+        _, status = os.waitpid(child, 0)
+        stderr.seek(0)
+        return os.waitstatus_to_exitcode(status), stderr.read()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # a fork has no others
+    backends._BY_NAME["cuda"] = backends._BY_NAME["cuda"]._replace(device="cpu", missing=lambda: "")
+    print(json.dumps([run(job) for job in json.loads(sys.argv[1])]))

@@ -1,0 +1,119 @@
+"""The CUDA back end's kernels from their source, under sanitizers and in random order.
+
+Everything runs in processes of cuda_source_runs.py: one for each sanitizer.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.gpu_emulator import source
+from tools.gpu_emulator.source import Edit
+
+RUNS = Path(__file__).with_name("cuda_source_runs.py")
+CASES = ("fused", "split", "walk", "double")
+SEEDS = (1, 2, 3)
+
+# Planted bugs.  Name -> where it is, the case and the schedules that show it, and what is reported.
+BARRIER = (
+    "    __syncthreads();  // this step has arrived for all, and nobody reads the previous one"
+)
+PLANTED = {
+    None: {
+        "lax wait": (
+            Edit("outer.cu", "copy_async_wait<S::kStages - 2>", "copy_async_wait<S::kStages - 1>"),
+            "walk", SEEDS[:1], "AssertionError",
+        ),
+        "barrier that some skip": (
+            Edit("outer.cu", BARRIER, BARRIER.replace("__", "if (warp_id()) __", 1)),
+            "walk", SEEDS[:1], "outer: block .* waits for ever: __syncthreads",
+        ),
+    },
+    "address": {
+        "store below the last row": (
+            Edit("expand.cu", "|| left <= 0) continue;", "&& left <= 0) continue;"),
+            "fused", SEEDS[:1], r"heap-buffer-overflow.*WRITE.*csrc/cuda/expand\.cu",
+        ),
+        "too little shared memory": (
+            Edit("expand.cu", "kTokens * kStagePitch", "(kTokens - 1) * kStagePitch"),
+            "fused", SEEDS[:1], r"heap-buffer-overflow.*csrc/cuda/expand\.cu",
+        ),
+        "index beyond an array": (
+            Edit("expand.cu", "for (int i = 0; i < 8; ++i)", "for (int i = 0; i < 9; ++i)"),
+            "split", SEEDS[:1], r"csrc/cuda/expand\.cu:\d+:\d+: runtime error: index",
+        ),
+    },
+    "thread": {
+        "no __syncthreads": (
+            Edit("outer.cu", BARRIER, BARRIER.replace("__syncthreads();", "")),
+            "walk", SEEDS[:1], r"data race.*csrc/cuda/outer\.cu",
+        ),
+        "no __syncwarp": (
+            Edit("expand.cu", "sum; });\n  __syncwarp();", "sum; });\n"),
+            "split", SEEDS[:1], r"data race.*csrc/cuda/expand\.cu",
+        ),
+        "blocks that share a place": (
+            Edit("shrink.cu", "(blockIdx.z * p.T + t0)", "t0"),
+            "split", SEEDS[:1], r"data race.*csrc/cuda/shrink\.cu",
+        ),
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(request):
+    """Of what was built for the sources as they are."""
+    version = subprocess.run([*source.compiler(), "--version"], check=True, capture_output=True)
+    key = [version.stdout, torch.__version__.encode(), repr(PLANTED).encode()]
+    key += [path.read_bytes() for path in source.inputs()]
+    digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
+    directory = request.config.cache.mkdir("cuda_source") / digest
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+@pytest.fixture(scope="module", params=list(source.SANITIZERS), ids=lambda s: s or "plain")
+def outcomes(request, folder):
+    """The sanitizer, and job -> exit status, stderr: all cases, and the planted bugs by name."""
+    sanitizer = request.param
+    if why := source.why_missing(sanitizer):
+        pytest.skip(why)
+    clean = source.build(folder, sanitizer)
+    jobs = {}
+    for i, case in enumerate(CASES):
+        # ThreadSanitizer judges by what is ordered, not by what came first.
+        seeds = SEEDS[i % 3 :][:1] if sanitizer == "thread" else SEEDS
+        jobs[case] = {"library": clean, "case": case, "seeds": seeds, "budget": not sanitizer}
+    for name, (edit, case, seeds, _) in PLANTED[sanitizer].items():
+        library = source.build(folder, sanitizer, (edit,), name.replace(" ", "_"))
+        jobs[name] = {"library": library, "case": case, "seeds": seeds, "budget": not sanitizer}
+    paths = [str(RUNS.parent.parent), str(RUNS.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, RUNS, json.dumps([*jobs.values()], default=str)],
+        env=os.environ | source.environment(sanitizer) | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return sanitizer, dict(zip(jobs, json.loads(done.stdout), strict=True))
+
+
+def test_kernels(outcomes):
+    """Right, the same bits in every order, and nothing to report."""
+    _, results = outcomes
+    for case in CASES:
+        assert results[case] == [0, ""], f"{case}: {results[case][1]}"
+
+
+def test_planted_bugs_are_found(outcomes):
+    sanitizer, results = outcomes
+    for name, (*_, report) in PLANTED[sanitizer].items():
+        status, said = results[name]
+        assert status != 0, name
+        assert re.search(report, said, re.S), f"{name}: {said}"

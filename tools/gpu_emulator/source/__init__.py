@@ -1,0 +1,185 @@
+"""The package's CUDA back end on CPU tensors, from the source of its kernels: compiled by a C++
+compiler, with one fibre per CUDA thread, and with sanitizers.
+
+    library = build(directory, sanitizer="thread")
+    subprocess.run([sys.executable, ...], env=os.environ | environment("thread"))
+
+and in that process, which must not have another CUDA back end:
+
+    with scheduled(library, multiprocessors=132, seed=1):
+        ops.of("cuda").topk_forward(x, ...)           # CPU tensors
+
+Where the PTX emulator is told what a launch may touch and looks for races by rules of its own, this
+finds what the sanitizers find, at lines of the source, and runs warps in any order.  What kernels
+may use of CUDA is in ``cuda_runtime.h`` and ``cuda/ptx.cuh`` beside this file.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..cuda_runtime import ROOT, SOURCES, TORCH, compile, compile_bindings, sources
+
+HERE = Path(__file__).parent
+KERNELS = ROOT / "csrc/cuda"
+# Sanitizer -> what the compiler is told, the libraries to load before Python, and their options.
+SANITIZERS = {
+    None: ([], [], {}),
+    "address": (
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+        ["libasan.so", "libubsan.so"],
+        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    ),
+    "thread": (
+        ["-fsanitize=thread"],
+        ["libtsan.so"],
+        {"TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0"},
+    ),
+}
+
+
+class Edit(NamedTuple):
+    """Changes one place of a source: for planted bugs."""
+
+    file: str  # of csrc/cuda
+    old: str
+    new: str
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler that setup.py would take."""
+    candidates = filter(None, (os.environ.get("CXX"), "c++", "g++"))
+    return next((c for c in map(shlex.split, candidates) if shutil.which(c[0])), None)
+
+
+def why_missing(sanitizer: str | None = None) -> str:
+    """Why :func:`build` cannot work here, or ""."""
+    if platform.machine() != "x86_64":
+        return "fibres are written for x86-64"
+    if compiler() is None:
+        return "there is no C++ compiler"
+    missing = [name for name in SANITIZERS[sanitizer][1] if _library(name) is None]
+    return f"the compiler has no {', '.join(missing)}" if missing else ""
+
+
+def _library(name: str) -> Path | None:
+    found = subprocess.run(
+        [*compiler(), f"-print-file-name={name}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    return Path(found) if os.path.isabs(found) else None  # the bare name where there is none
+
+
+def inputs() -> list[Path]:
+    """All that the result depends on."""
+    return [*sources(), *sorted(p for p in HERE.rglob("*") if p.suffix in (".h", ".cuh", ".cpp"))]
+
+
+def build(
+    directory: Path, sanitizer: str | None = None, edits: tuple[Edit, ...] = (), name: str = ""
+) -> Path:
+    """Compiles csrc/cuda and its bindings.
+
+    directory: for one state of the sources; objects that are there already are taken.
+    sanitizer: None, "address" (with the one for undefined behaviour) or "thread".
+    edits, name: changes to the sources, and what to call the result.  What they do not touch is
+        taken from the build without them.
+
+    Raises subprocess.CalledProcessError, with the compiler's messages on stderr.
+    """
+    flags = SANITIZERS[sanitizer][0]
+    variant = sanitizer or "plain"
+    library = directory / f"{'_'.join(filter(None, (variant, name)))}.so"
+    if library.exists():
+        return library
+    plain = _translate(directory / "csrc/cuda", ())
+    edited = _translate(directory / f"csrc_{name}/cuda", edits) if edits else plain
+    command = [
+        *compiler(), "-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", f"-I{HERE}", "-c",
+    ]  # fmt: skip
+
+    def compile_kernels(source: Path) -> Path:
+        changed = any(_reads(source, edit.file) for edit in edits)
+        folder = edited if changed else plain
+        target = directory / f"{source.stem}.{variant}{f'_{name}' if changed else ''}.o"
+        return compile(
+            target, *command, *flags, f"-I{folder.parent}", "-Icsrc", "-x", "c++",
+            folder / source.name,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
+        objects = list(pool.map(compile_kernels, SOURCES))
+    objects.append(compile(directory / "fibres.o", *command, HERE / "fibres.cpp"))
+    objects += compile_bindings(directory)
+    return compile(
+        library, *compiler(), "-shared", *flags, *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"
+    )
+
+
+def _reads(source: Path, file: str) -> bool:
+    """Whether a source includes a file of csrc/cuda, or is it."""
+    names = [source.name]
+    for name in names:
+        included = re.findall(r'#include "cuda/(\w+\.cuh)"', (KERNELS / name).read_text())
+        names += [i for i in included if i not in names]
+    return file in names
+
+
+def _translate(to: Path, edits: tuple[Edit, ...]) -> Path:
+    """The kernels, line by line, as C++ without what only CUDA's compilers know."""
+    to.mkdir(parents=True, exist_ok=True)
+    for source in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")]:
+        if source.name == "ptx.cuh":  # ours has its place
+            continue
+        text = source.read_text()
+        for _, old, new in (edit for edit in edits if edit.file == source.name):
+            assert text.count(old) == 1, f"{source.name} has {text.count(old)} times: {old}"
+            assert old.count("\n") == new.count("\n")
+            text = text.replace(old, new)
+        text = re.sub(
+            r"extern __shared__ __align__\(16\) char (\w+)\[\];",
+            r"char* \1 = emulated::shared_memory();",
+            text,
+        )
+        text = re.sub(r"(\w+)<<<(.*?)>>>\(", r"emulated::launch_kernel(\1, \2, ", text)
+        (to / source.name).write_text(f'#line 1 "{source.relative_to(ROOT)}"\n{text}')
+    return to
+
+
+def environment(sanitizer: str | None) -> dict[str, str]:
+    """What a process must find in its environment to load a library with the sanitizer."""
+    _, libraries, options = SANITIZERS[sanitizer]
+    return {"LD_PRELOAD": " ".join(str(_library(name)) for name in libraries), **options}
+
+
+_loaded: dict[Path, ctypes.CDLL] = {}
+
+
+@contextlib.contextmanager
+def scheduled(
+    library: Path, *, multiprocessors: int = 132, seed: int = 0
+) -> Iterator[Callable[[], int]]:
+    """The CUDA operators (``ops.of("cuda")``) take CPU tensors and run the library's kernels.
+
+    seed: what order blocks, warps and lanes run in, and when copies in the background land; 0 for
+        their own order, and as late as may be.
+
+    Yields a function that tells how many launches there were.
+    """
+    from moelora_ops import ops  # noqa: F401 - the schemas
+
+    if library not in _loaded:
+        torch.ops.load_library(str(library))
+        _loaded[library] = ctypes.CDLL(str(library))
+    _loaded[library].emulated_schedule(multiprocessors, ctypes.c_uint(seed))
+    yield _loaded[library].emulated_launches

@@ -1,0 +1,67 @@
+// Twins of the wrappers in csrc/cuda/ptx.cuh, which this file replaces: what each instruction does,
+// in C++.  Memory is touched here and by the lane that names it, so that sanitizers see it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace moelora::cuda::ptx {
+
+inline void land(const emulated::Copy& copy) {
+  for (int i = 0; i < copy.bytes; ++i) copy.to[i] = i < copy.valid ? copy.from[i] : 0;
+}
+
+inline void copy_async16(void* to, const void* from, int valid) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(valid ? from : nullptr)) & 15)
+    emulated::fault("copy_async16: address is not a multiple of 16");
+  const emulated::Copy copy = {static_cast<char*>(to), static_cast<const char*>(from), valid, 16};
+  if (emulated::lands_at_once())
+    land(copy);
+  else
+    emulated::copy_later(copy);
+}
+inline void copy_async_commit() { emulated::end_group(); }
+template <int kPending>
+void copy_async_wait() {
+  for (emulated::Copy copy; emulated::next_due(kPending, &copy);) land(copy);
+}
+
+struct alignas(16) MatrixRow {
+  uint16_t v[8];
+};
+inline void load_matrices(uint32_t (&m)[4], const void* row) {
+  const auto all = emulated::meet("load_matrices", *static_cast<const MatrixRow*>(row));
+  const unsigned own = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  for (int i = 0; i < 4; ++i) memcpy(&m[i], &all.lane[8 * i + own].v[column], sizeof m[i]);
+}
+inline void load_matrices_transposed(uint32_t (&m)[4], const void* row) {
+  const auto all = emulated::meet("load_matrices_transposed", *static_cast<const MatrixRow*>(row));
+  const unsigned column = threadIdx.x % 32 / 4, first = threadIdx.x % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    const MatrixRow* pair = &all.lane[8 * i + first];
+    m[i] = pair[0].v[column] | uint32_t{pair[1].v[column]} << 16;
+  }
+}
+
+// Lane 4 g + q holds, as pairs in words: of a rows g and g + 8, columns 2 q and 2 q + 8; of b
+// column g, rows 2 q and 2 q + 8; of c rows g and g + 8, columns 2 q and 2 q + 1.
+template <class T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
+  struct Operands {
+    T a[4][2], b[2][2];
+  } mine;
+  memcpy(mine.a, a, sizeof a);
+  memcpy(mine.b, b, sizeof b);
+  const auto all = emulated::meet("multiply_add", mine);
+  const unsigned g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) {
+      const Operands& row = all.lane[4 * g + k % 8 / 2];
+      const Operands& column = all.lane[4 * (2 * q + i % 2) + k % 8 / 2];
+      c[i] += static_cast<float>(row.a[k / 8 * 2 + i / 2][k % 2]) *
+              static_cast<float>(column.b[k / 8][k % 2]);
+    }
+}
+
+}  // namespace moelora::cuda::ptx
