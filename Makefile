@@ -17,12 +17,12 @@ SOURCES := setup.py pyproject.toml constraints.txt moelora_ops/_version.py $(she
 CXX_FILES := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo example test bench lint format clean
+.PHONY: help demo example test bench gpu-traffic lint format clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) MAX_JOBS=$(MAX_JOBS) METHOD=$(METHOD) NAME=$(NAME)"
-	@echo "             ARGS= options for demo, example, test, bench"
+	@echo "             ARGS= options for demo, example, test, bench, gpu-traffic"
 
 demo: $(VENV)/.demo $(VENV)/.model  ## fine-tune SmolLM2-135M with MoLA; plots and tables go to demo_output/
 	$(BIN)/python examples/mola_smollm2.py $(ARGS)
@@ -35,6 +35,9 @@ test: $(VENV)/.test $(VENV)/.model  ## the test suite
 
 bench: $(VENV)/.bench  ## microbenchmark of METHOD: mola mor1e mole orchmoe gated pemt
 	$(BIN)/python -m moelora_ops.bench $(METHOD) $(ARGS)
+
+gpu-traffic: $(VENV)/.test  ## what the GPU kernels move, without a GPU: docs/gpu_traffic.md
+	$(BIN)/python -m tools.gpu_traffic $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check

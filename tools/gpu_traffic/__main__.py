@@ -1,10 +1,10 @@
-"""Writes docs/gpu_traffic.md; ``--compile`` compiles every kernel for every GPU and reports."""
+"""Writes docs/gpu_traffic.md; ``--compile`` compiles a long list of kernels and judges them."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from . import report
+from . import gates, report
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_traffic.md"
 
@@ -12,13 +12,32 @@ PAGE = Path(__file__).parents[2] / "docs" / "gpu_traffic.md"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_traffic", description=__doc__)
     parser.add_argument("--output", type=Path, default=PAGE, help="where the page goes")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="print what is wrong with the kernels of a long list of calls instead",
+    )
+    parser.add_argument(
+        "--arch", choices=[str(arch) for _, arch in gates.ARCHS], help="only this one of them"
+    )
     arguments = parser.parse_args(argv)
-    recordings = {
-        call: {name: backend.record(call) for name, backend in report.BACKENDS.items()}
-        for call in report.CALLS
-    }
-    arguments.output.write_text(report.write(recordings))
+    if arguments.compile:
+        return _compile(arguments.arch)
+    arguments.output.write_text(report.write(report.record_all()))
     return 0
+
+
+def _compile(arch: str | None) -> int:
+    failed = 0
+    archs = [gpu for gpu in gates.ARCHS if arch in (None, str(gpu[1]))]
+    for name, call, build, found in gates.sweep(archs=archs):
+        failed += bool(found)
+        kernel = f"{build.module}.{build.name}" if build else "does not compile"
+        used = build.resources if build else None
+        numbers = f"{used.registers:>4} registers {build.shared:>7} B shared" if build else ""
+        size = f"{report.call_name(call)} {str(call.dtype).removeprefix('torch.')}"
+        print(f"{name:<7} {call.method} {size}  {kernel} {numbers}  {'; '.join(found)}", flush=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -115,9 +115,11 @@ SWEEP = (
 )
 
 
-def sweep(calls: Iterable[Call] = SWEEP) -> Iterator[tuple[str, Call, Build | None, list[str]]]:
-    """Architecture, call, kernel and what it misses; no kernel if compilation itself fails."""
-    for backend, arch in ARCHS:
+def sweep(
+    calls: Iterable[Call] = SWEEP, archs: Iterable[tuple[str, int | str]] = ARCHS
+) -> Iterator[tuple[str, Call, Build | None, list[str]]]:
+    """Architecture, call, kernel and what it misses; no kernel if it cannot be launched at all."""
+    for backend, arch in archs:
         for call in calls:
             try:
                 found = builds(call, backend, arch)

@@ -59,6 +59,13 @@ def figures(operator: Operator, accounts: list[Account]) -> Figures:
     )
 
 
+def record_all() -> dict[Call, dict[str, Recording]]:
+    """`CALLS` on every back end, by its name."""
+    return {
+        call: {name: backend.record(call) for name, backend in BACKENDS.items()} for call in CALLS
+    }
+
+
 INTRODUCTION = """\
 # Traffic of the GPU kernels
 
