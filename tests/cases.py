@@ -67,8 +67,8 @@ class Inputs(NamedTuple):
     dy: Tensor
     dprob_sums: Tensor
 
-    def to(self, dtype: torch.dtype) -> "Inputs":
-        return Inputs(*(t.to(dtype) for t in self))
+    def to(self, dtype_or_device: torch.dtype | str) -> "Inputs":
+        return Inputs(*(t.to(dtype_or_device) for t in self))
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Inputs:
@@ -130,6 +130,7 @@ def assert_within_budget(
     dtype: torch.dtype,
     on: Callable[[], AbstractContextManager],
     draws: int | None = None,
+    device: str = "cpu",
     **options,
 ) -> None:
     """``functional.mola`` within `on()`: output, statistics, all gradients against the reference.
@@ -138,7 +139,7 @@ def assert_within_budget(
     """
     got, plain, want = [], [], []
     for seed in range(draws or (8 if shape.T < 64 else 2)):
-        inputs = make_inputs(shape, dtype, seed)
+        inputs = make_inputs(shape, dtype, seed).to(device)
         with on():
             got.append(run(functional.mola, inputs, shape.k, **options))
         want.append(reference_run(inputs, shape.k, torch.float64, **options))

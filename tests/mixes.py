@@ -72,6 +72,14 @@ class Inputs(NamedTuple):
         tensors = {n: t.to(wide if n in self.wide else dtype) for n, t in self.tensors.items()}
         return self._replace(tensors=tensors, dy=self.dy.to(dtype))
 
+    def on(self, device: str) -> "Inputs":
+        def moved(values: dict[str, Any]) -> dict[str, Any]:
+            return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
+
+        return self._replace(
+            tensors=moved(self.tensors), options=moved(self.options), dy=self.dy.to(device)
+        )
+
 
 class Mix(NamedTuple):
     """A mix under test: its function, its reference and its variants."""
@@ -269,7 +277,7 @@ def same_dtype(name: str, variant: str, inputs: Inputs) -> Inputs:
 
 def assert_within_budget(
     backend: Callable[[], AbstractContextManager], name: str, variant: str, size: Size,
-    dtype: torch.dtype, draws: int, agree_with: str | None = None,
+    dtype: torch.dtype, draws: int, agree_with: str | None = None, device: str = "cpu",
 ) -> None:  # fmt: skip
     """Output and gradients within their error budgets, in the context of `backend`.
 
@@ -280,7 +288,7 @@ def assert_within_budget(
     mix = MIXES[name]
     results = []
     for seed in range(draws):
-        inputs = make_inputs(name, variant, size, dtype, seed)
+        inputs = make_inputs(name, variant, size, dtype, seed).on(device)
         with backend():
             got = run(mix.function, inputs)
         wanted = [run(mix.reference, inputs.to(torch.float64))]
