@@ -191,7 +191,7 @@ def merge_block(
     tl.store(at, total.to(merged.dtype.element_ty), mask=exists & (f < FLAT)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def merge(
     down, up, merged_down, merged_up, weights, sequences, K, N, scale, E: tl.constexpr,
     RANK: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr, BF: tl.constexpr,
@@ -359,7 +359,8 @@ def unmerge(
 ):  # fmt: skip
     """The gradients of the experts and of the weights from those of the merged factors.
 
-    Grid: blocks of dlora_down, of dlora_up, and one per weight, as far as they are wanted.
+    Grid: blocks of dlora_down, of dlora_up, and one per weight, as far as they are wanted.  A
+    weight's block reads all of the gradient that it meets: parts of it would need another launch.
 
     Args:
         down_parts, up_parts: float32 [PARTS, sequences, RANK, features].

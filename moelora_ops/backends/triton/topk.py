@@ -402,15 +402,8 @@ def _check(
     top_k: int, stacked: bool,
 ) -> tuple[launch.Rows, launch.Rows]:  # fmt: skip
     """x and `out` [..., N] as rows, once everything is known to lie where the kernels reach."""
-    launch.check_dtype(x)
-    rows = launch.rows_of(x, "x")
-    if lora_down.dim() != 3 or lora_up.dim() != 3:
-        raise RuntimeError("lora_down, lora_up: wanted 3 dimensions")
-    (E, r, K), N = lora_down.shape, lora_up.shape[2]
-    if rows.columns != K:
-        raise RuntimeError(f"x: wanted last dimension {K}, got {rows.columns}")
-    launch.check_like(lora_down, x, (E, r, K), "lora_down")
-    launch.check_like(lora_up, x, (E, r, N), "lora_up")
+    rows = launch.experts(x, lora_down, lora_up)
+    (E, _, K), N = lora_down.shape, lora_up.shape[2]
     launch.check_like(router, x, (E, K), "router")
     if not 1 <= top_k <= E:
         raise RuntimeError(f"top_k: wanted 1..{E}, got {top_k}")
