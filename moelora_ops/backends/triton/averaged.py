@@ -410,7 +410,6 @@ class _Merged:
         self, lora_down: Tensor, lora_up: Tensor, weights: Tensor, T: int, splits: int, scale: float
     ):
         self.lora_down, self.lora_up, self.weights, self.scale = lora_down, lora_up, weights, scale
-        self.splits = splits
         self.sequences = weights.shape[0]
         self.length = T // self.sequences
         E, r, K = lora_down.shape
