@@ -493,7 +493,7 @@ def test_a_gpu_case(monkeypatch, capsys, tmp_path):
     assert ours["times_floor"] == pytest.approx(ours["overhead"] / record["floors"]["memory"])
     assert ours["host_ms"] == 500 and record["clocks"] == {"clocks.sm": "1980 MHz"}
 
-    document = report.header(MOLA, settings, ["mola"]) | {"cases": [record]}
+    document = report.header("mola", settings, ["-m", "bench"]) | {"cases": [record]}
     report.print_record(record)
     report.write_markdown(tmp_path / "run.md", document)
     shown, written = capsys.readouterr().out, (tmp_path / "run.md").read_text()

@@ -181,7 +181,8 @@ def main(argv: list[str] | None = None) -> int:
         threads = torch.get_num_threads()
         torch.set_num_threads(arguments.threads)
         try:
-            document = report.header(method, settings, argv) | {"cases": []}
+            command = ["-m", "moelora_ops.bench", *argv]
+            document = report.header(method.name, settings, command) | {"cases": []}
             for record in _measure(method, cases, settings):
                 document["cases"].append(record)
                 if arguments.json:  # what is done is kept, whatever happens to the rest

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from .. import info
 from . import devices
-from .method import Method
 from .runner import BASE, TOUCH, Settings
 
 EXPLANATION = (
@@ -56,12 +55,12 @@ def require(*packages: str) -> None:
             raise MissingPackage(message) from error
 
 
-def header(method: Method, settings: Settings, argv: list[str]) -> dict:
-    """The facts about a run: when, where, with what, and how to repeat it."""
+def header(name: str, settings: Settings, command: list[str]) -> dict:
+    """The facts about a run of what is called `name`: when, where, and how to repeat it."""
     return {
-        "method": method.name,
+        "method": name,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "moelora_ops.bench", *argv]),
+        "command": shlex.join(["python", *command]),
         "commit": _commit(),
         "settings": settings._asdict(),
         "device": devices.device(settings.device).facts(),
@@ -102,15 +101,13 @@ def _title(record: dict) -> str:
 
 def _note(record: dict) -> str:
     """The line under a table."""
-    floors = record["floors"]
-    note = (
-        f"floor {', '.join(f'{floor:.2%} {name}' for name, floor in floors.items())};"
-        f" ours on the {record['backend']} back end;"
-        f" {record['rounds']} rounds of {record['calls_per_sample']} calls"
-    )
+    floors = ", ".join(f"{floor:.2%} {name}" for name, floor in record["floors"].items())
+    notes = [f"floor {floors}"] if floors else []
+    notes.append(f"ours on the {record['backend']} back end")
+    notes.append(f"{record['rounds']} rounds of {record['calls_per_sample']} calls")
     if record["memory_target"] is not None:
-        note += f"; memory target {record['memory_target'] / 1024:.0f} KiB"
-    notes = [note, *(f"{name} skipped: {why}" for name, why in record["skipped"].items())]
+        notes.append(f"memory target {record['memory_target'] / 1024:.0f} KiB")
+    notes += [f"{name} skipped: {why}" for name, why in record["skipped"].items()]
     notes += [f"{_COARSE} {why}" for why in record["coarse"].values()]
     return "; ".join(notes)
 
@@ -139,7 +136,7 @@ def _rows(record: dict) -> list[list[str]]:
             row += ["-"] * 4
         else:
             row += [f"{v['overhead']:+.1%}", f"{v['overhead_of_minima']:+.1%}"]
-            row += [f"{v['tax']:.3f}", f"{v['times_floor']:.1f}"]
+            row += [f"{v['tax']:.3f}", f"{v['times_floor']:.1f}" if record["floors"] else "-"]
         host = [f"{v['host_ms']:.3f}"] if "host_ms" in v else []
         rows.append([*row, *memory, *host])
     return rows
@@ -265,7 +262,7 @@ def _draw(axis, record: dict) -> None:
     # The slowest may be off by an order of magnitude: cut its bar, not the others' resolution.
     slowest, *others = sorted(overheads.values(), reverse=True)
     second = max(others, default=slowest)
-    limit = 1.25 * max(*floors.values(), slowest if slowest <= 3 * second else second)
+    limit = 1.25 * max([*floors.values(), slowest if slowest <= 3 * second else second])
     lowest = min(0.0, *overheads.values()) * 1.25
     for i, (name, percent) in enumerate(overheads.items()):
         color = _COLORS.get("ours" if _is_ours(name) else name, "tab:gray")

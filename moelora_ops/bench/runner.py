@@ -20,6 +20,7 @@ from .numerics import DX, FORWARD, TRAIN, InputsError, NumericsError
 
 BASE = "base"
 TOUCH = "touch"
+WAITS = "it waits for the device, which no CUDA graph can hold"
 _MIN_ROUNDS = 3
 
 
@@ -95,7 +96,7 @@ def prepare(method: Method, case: Any, direction: str, settings: Settings) -> Co
         if module is None:
             continue
         if variant.waits and settings.graphs:
-            skipped[variant.name] = "it waits for the device, which no CUDA graph can hold"
+            skipped[variant.name] = WAITS
             continue
         if variant.compiled:
             if not settings.compile:
@@ -277,17 +278,17 @@ def time_rounds(
     return samples, device.repeats
 
 
-def summarize(samples: dict[str, list[float]], floor: float) -> dict[str, dict]:
+def summarize(samples: dict[str, list[float]], floor: float | None) -> dict[str, dict]:
     """Time, overhead and tax of each variant over the frozen base.
 
     Args:
         samples: seconds by variant and round.
-        floor: least overhead.
+        floor: least overhead, if one is known.
 
     Returns:
         By variant: ``median_ms`` and ``min_ms``; ``overhead``, the median over rounds of time /
         base - 1; ``overhead_of_minima``; ``tax``, layer / base; ``times_floor``, overhead in
-        floors.
+        floors, or None.
     """
     base = samples[BASE]
     summary = {}
@@ -299,7 +300,7 @@ def summarize(samples: dict[str, list[float]], floor: float) -> dict[str, dict]:
             "overhead": overhead,
             "overhead_of_minima": min(times) / min(base) - 1,
             "tax": 1 + overhead,
-            "times_floor": None if name == BASE else overhead / floor,
+            "times_floor": None if name == BASE or floor is None else overhead / floor,
         }
     return summary
 
@@ -341,7 +342,7 @@ def run_case(
     for call in calls.values():
         call()  # first-call costs: allocator, primitive caches, backward graphs of the compiler
     device, skipped = devices.device(settings.device), dict(ready.skipped)
-    timed = _captured(device, calls, skipped) if settings.graphs else calls
+    timed = captured(device, calls, skipped) if settings.graphs else calls
     samples, repeats = time_rounds(timed, settings, on_round)
     on_gpu = device.copy_rate is not None
     if on_gpu:
@@ -368,8 +369,10 @@ def run_case(
     }
 
 
-def _captured(device: Device, calls: dict[str, Call], skipped: dict[str, str]) -> dict:
-    """`calls` as CUDA graphs; why one cannot be goes to `skipped`."""
+def captured(
+    device: Device, calls: dict[str, Callable[[], object]], skipped: dict[str, str]
+) -> dict[str, Callable[[], object]]:
+    """`calls` as CUDA graphs; why one cannot be goes to `skipped`, unless it is the base."""
     graphs = {}
     for name, call in calls.items():
         try:
