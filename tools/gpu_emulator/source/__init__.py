@@ -86,14 +86,14 @@ def inputs() -> list[Path]:
 
 
 def build(
-    directory: Path, sanitizer: str | None = None, edits: tuple[Edit, ...] = (), name: str = ""
+    directory: Path, sanitizer: str | None = None, edit: Edit | None = None, name: str = ""
 ) -> Path:
     """Compiles csrc/cuda and its bindings.
 
     directory: for one state of the sources; objects that are there already are taken.
     sanitizer: None, "address" (with the one for undefined behaviour) or "thread".
-    edits, name: changes to the sources, and what to call the result.  What they do not touch is
-        taken from the build without them.
+    edit, name: a change to the sources, and what to call the result.  What it does not touch is
+        taken from the build without it.
 
     Raises subprocess.CalledProcessError, with the compiler's messages on stderr.
     """
@@ -102,14 +102,14 @@ def build(
     library = directory / f"{'_'.join(filter(None, (variant, name)))}.so"
     if library.exists():
         return library
-    plain = _translate(directory / "csrc/cuda", ())
-    edited = _translate(directory / f"csrc_{name}/cuda", edits) if edits else plain
+    plain = _translate(directory / "csrc/cuda")
+    edited = _translate(directory / f"csrc_{name}/cuda", edit) if edit else plain
     command = [
-        *compiler(), "-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", f"-I{HERE}", "-c",
+        *compiler(), "-std=c++20", "-O0", "-g1", "-fPIC", "-fno-strict-aliasing", f"-I{HERE}", "-c",
     ]  # fmt: skip
 
     def compile_kernels(source: Path) -> Path:
-        changed = any(_reads(source, edit.file) for edit in edits)
+        changed = edit is not None and _reads(source, edit.file)
         folder = edited if changed else plain
         target = directory / f"{source.stem}.{variant}{f'_{name}' if changed else ''}.o"
         return compile(
@@ -135,17 +135,16 @@ def _reads(source: Path, file: str) -> bool:
     return file in names
 
 
-def _translate(to: Path, edits: tuple[Edit, ...]) -> Path:
+def _translate(to: Path, edit: Edit | None = None) -> Path:
     """The kernels, line by line, as C++ without what only CUDA's compilers know."""
     to.mkdir(parents=True, exist_ok=True)
     for source in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")]:
         if source.name == "ptx.cuh":  # ours has its place
             continue
         text = source.read_text()
-        for _, old, new in (edit for edit in edits if edit.file == source.name):
-            assert text.count(old) == 1, f"{source.name} has {text.count(old)} times: {old}"
-            assert old.count("\n") == new.count("\n")
-            text = text.replace(old, new)
+        if edit and edit.file == source.name:
+            assert text.count(edit.old) == 1, f"{edit}: it is there {text.count(edit.old)} times"
+            text = text.replace(edit.old, edit.new)
         text = re.sub(
             r"extern __shared__ __align__\(16\) char (\w+)\[\];",
             r"char* \1 = emulated::shared_memory();",
