@@ -93,6 +93,7 @@ def shrink(k: Account, wide, features: int, *rows: tuple[Any, int, int], segment
     span = k.SPAN if parts > 1 else features
     steps = sum(cdiv(min(span, features - part * span), k.BK) for part in range(parts))
     k.load(wide, k.T * segments * features, columns // segments)
+    k.load(k.seed, 1, k.blocks)
     for tensor, count, width in rows:
         if tensor is not None:
             k.load(tensor, count * segments * features, tiles)
@@ -125,6 +126,7 @@ def expand(k: Account, strips: int, segments: int = 1) -> None:
             k.load(right, groups * rows * k.N, walks if kept else tiles)
             k.dot(tiles * k.BT, strips * k.BN, groups * cdiv(rows, BR) * BR)
     k.load(k.bias, k.N, walks)
+    k.load(k.seed, 1, strips * walks)
     if k.ACCUMULATE:
         k.load(k.y, k.T * k.N)
     k.store(k.y, k.T * k.N)
@@ -143,7 +145,7 @@ def _outer_side(k: Account, side: str) -> None:
     wide, N, segments = of_side("wide_{}"), of_side("N_{}"), of_side("SPLITS_{}")
     if wide is None:
         return
-    strips = segments * cdiv(N // segments, k.BN)
+    strips = segments * cdiv(N // segments, of_side("BN_{}"))
     chunks = of_side("blocks_{}") // strips
     rows = of_side("ROWS_{}") * chunks // cdiv(of_side("ROWS_{}"), of_side("BA_{}"))
     steps = _steps(k)
@@ -155,7 +157,7 @@ def _outer_side(k: Account, side: str) -> None:
         if left is not None:
             k.load(left, k.T * segments * count, strips // segments)
             k.store(out, k.grid[1] * count * N)
-            k.dot(strips * k.BN, chunks * width, steps * k.BT)
+            k.dot(strips * of_side("BN_{}"), chunks * width, steps * k.BT)
 
 
 def _steps(k: Account) -> int:
@@ -166,6 +168,7 @@ def _steps(k: Account) -> int:
 def _outer_parts(k: Account) -> None:
     for side in ("0", "1"):
         _outer_side(k, side)
+    k.load(k.seed, 1, k.blocks_1 * k.grid[1])
     for out, values, _, columns, index, _, rows, _ in k.sums:
         k.load(values, k.T * columns)
         k.load(index, k.T, rows * cdiv(columns, k.BN_SUM))

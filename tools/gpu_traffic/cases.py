@@ -90,6 +90,7 @@ class Call(NamedTuple):
         method: a key of `METHODS`.
         train: "all" parameters and x, "x" alone, or "" for no backward pass.
         bias: whether the frozen linear has one.
+        dropout: of what the experts see.
     """
 
     method: str
@@ -97,6 +98,7 @@ class Call(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     train: str = "all"
     bias: bool = False
+    dropout: float = 0.0
 
     def inputs(self, draw: Callable[..., Tensor]) -> dict[str, Tensor | None]:
         """The tensors of a call by name, dy among them; draw(shape, dtype) makes one."""
@@ -117,7 +119,10 @@ class Call(NamedTuple):
         """Forward, and backward if anything is trained."""
         method = METHODS[self.method]
         inputs = {name: t for name, t in tensors.items() if name != "dy"}
-        y = method.function(**inputs, **method.options(self.size))
+        options = method.options(self.size)
+        if self.dropout:
+            options |= {"dropout": self.dropout, "seed": torch.tensor([1])}
+        y = method.function(**inputs, **options)
         if y.requires_grad:
             leaves = [t for t in inputs.values() if t is not None and t.requires_grad]
             torch.autograd.grad(y, leaves, tensors["dy"], allow_unused=True)

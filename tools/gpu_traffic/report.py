@@ -26,6 +26,7 @@ LARGE = 8192
 CALLS = (
     *(usual(method, LARGE) for method in METHODS),
     usual("topk", LARGE, train="x"),
+    usual("topk", LARGE, dropout=0.05),
     usual("topk", 2048),
     *(usual("topk", T, train="") for T in (1, 32)),
 )
@@ -75,25 +76,27 @@ this page.
 * **least**: the operator's arguments read once and its results written once.  Where parameters are
   trained dy counts twice, for dx and for the gradient of `lora_up`.
 * **moved**: bytes that multiprocessors load and store, over the least.  Every tile of tokens reads
-  the experts' rows again, mostly from L2; at most {moved} is wanted at T = {large}.
+  the experts' rows again, mostly from L2.  Wanted: at most {moved} for topk at T = {large}.
 * **distinct**: bytes that each launch touches, summed over launches, over the least: what device
-  memory serves if nothing stays in L2 between launches; at most {distinct} is wanted there.
+  memory serves if nothing stays in L2 between launches.  Wanted: at most {distinct} there.
 * **launches**: kernels of ours and of PyTorch inside the operator, so without the base GEMM.
+  Wanted: at most {forward} forward, {backward} backward, {decode} for a handful of tokens.
 
-The launches are those that the package itself makes for these shapes on {device}; what each of them
-moves is a formula over its arguments (`tools/gpu_traffic/accounts.py`), which
+The launches are those that the package itself makes for these shapes on an H200 (sm_90).  What each
+of them moves is a formula over its arguments (`tools/gpu_traffic/accounts.py`), which
 `tests/test_gpu_traffic.py` holds against what the [emulator](gpu_emulator.md) counts on small
-shapes: loads, stores and tensor-core operations, to the byte.
+shapes: loads, stores and tensor-core operations, to the byte.  With dropout a tile has fewer tokens
+(`MASKED_ROWS` in `moelora_ops/backends/triton/tiles.py` says why).
 
-**Model** is not a time and nothing here was timed.  It is arithmetic on assumed rates of one H200:
-the slowest of device memory ({memory:.1f} TB/s), L2 ({l2} TB/s), what a multiprocessor takes in
-({ingest:.0f} GB/s each) and tensor cores ({tensor:.0f} TFLOP/s), for each launch, plus {launch:.0f}
-µs per launch to start and to drain.  Beside it stands the same model of the frozen linear.
+**The model is not a time, and nothing here was timed.**  It is arithmetic on assumed rates of one
+H200: for each launch the slowest of device memory ({memory:.1f} TB/s), L2 ({l2} TB/s), what one
+multiprocessor takes in ({ingest:.0f} GB/s) and tensor cores ({tensor:.0f} TFLOP/s); and
+{launch:.0f} µs to start and to drain.  Beside it stands the same model of the frozen linear.
 """
 
 
 def _microseconds(seconds: tuple[float, float]) -> str:
-    low, high = (f"{1e6 * s:.0f}" for s in seconds)
+    low, high = (f"{1e6 * s:.0f}" if s > 0.5e-6 else "<1" for s in seconds)
     return low if low == high else f"{low}-{high}"
 
 
@@ -111,7 +114,7 @@ def call_name(call: Call) -> str:
 
 def operator_name(call: Call, operator: Operator) -> str:
     frozen = call.train == "x" and operator.name.endswith("_backward")
-    return f"{operator.name}{', frozen experts' if frozen else ''}"
+    return f"{operator.name}{', frozen' * frozen}{', dropout' * bool(call.dropout)}"
 
 
 def operator_rows(call: Call, recordings: dict[str, Recording]) -> list[list[str]]:
@@ -164,7 +167,7 @@ def write(recordings: dict[Call, dict[str, Recording]]) -> str:
         recordings: of `CALLS`, by the name of a back end.
     """
     text = INTRODUCTION.format(
-        moved=MOST_MOVED, distinct=MOST_DISTINCT, large=LARGE, device="an H200 (sm_90)",
+        moved=MOST_MOVED, distinct=MOST_DISTINCT, large=LARGE, **MOST_LAUNCHES,
         memory=model.DEVICE_MEMORY / 1e12, l2="-".join(f"{r / 1e12:g}" for r in sorted(model.L2)),
         ingest=model.INGEST / 1e9, tensor=model.TENSOR_CORES / 1e12, launch=model.LAUNCH * 1e6,
     )  # fmt: skip
@@ -176,7 +179,7 @@ def write(recordings: dict[Call, dict[str, Recording]]) -> str:
     for name, backend in BACKENDS.items():
         parts.append(f"\n## Kernels: {name}\n")
         for call, found in recordings.items():
-            if call.size.T == LARGE and call.train == "all":
+            if call == usual(call.method, LARGE):
                 parts.append(f"{call.method}, {call_name(call)}, bfloat16; MB and GFLOP:\n")
                 header = (
                     "operator | kernel | blocks x threads | loads | stores | distinct"

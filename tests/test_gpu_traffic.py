@@ -1,0 +1,143 @@
+"""What the GPU kernels move: formulas against what is executed, and figures against budgets."""
+
+import functools
+from pathlib import Path
+
+import pytest
+from triton_gpu import WHY_MISSING
+
+if WHY_MISSING:
+    pytest.skip(WHY_MISSING, allow_module_level=True)
+
+from moelora_ops.backends.strategy import PATHS
+from moelora_ops.backends.triton import tiles
+from tools.gpu_traffic import model, report
+from tools.gpu_traffic.accounts import account
+from tools.gpu_traffic.cases import METHODS, Call, Size, usual
+from tools.gpu_traffic.recording import record
+
+PAGE = Path(__file__).parents[1] / "docs" / "gpu_traffic.md"
+
+# With few multiprocessors tiles are chosen as for many tokens: one block for all features; features
+# in halves and tokens in parts; sizes that are multiples of nothing.
+WHOLE, FEW = Size(256, 512, 256), 2
+SPLIT, SOME = Size(520, 1040, 328), 10
+RAGGED = Size(300, 203, 131, 5, 3)
+EXECUTED = [
+    (Call("topk", WHOLE), FEW, 90),
+    (Call("topk", SPLIT, dropout=0.3), SOME, 90),
+    (Call("topk", SPLIT), SOME, 80),
+    *((Call(method, SPLIT), SOME, 90) for method in METHODS),
+    *((Call(method, RAGGED, bias=True), FEW, 90) for method in METHODS),
+]
+
+
+def case_name(value):
+    if not isinstance(value, Call):
+        return str(value)
+    return f"{value.method}-T{value.size.T}{'-dropout' if value.dropout else ''}"
+
+
+@pytest.mark.parametrize("call, multiprocessors, arch", EXECUTED, ids=case_name)
+def test_formulas_equal_what_is_executed(call, multiprocessors, arch):
+    """Of every launch loads, stores and tensor-core operations; and no launch too many."""
+    recording = record(call, arch=arch, execute=True, multiprocessors=multiprocessors)
+    assert [o.name for o in recording.operators] == [
+        f"{call.method}_{direction}" for direction in ("forward", "backward")
+    ]
+    for operator in recording.operators:
+        for launch in operator.launches:
+            expected, counts = account(launch), launch.counts
+            assert expected.loads.moved == counts.loads.fetched, launch.name
+            assert expected.stores.moved == counts.stores.fetched, launch.name
+            # A masked tile's narrow products are too small for all warps, which repeat some.
+            repeated = 1.5 if call.dropout else 1
+            flops = sum(counts.tensor_flops.values())
+            assert expected.flops <= flops <= repeated * expected.flops, launch.name
+            distinct = counts.loads.distinct_bytes + counts.stores.distinct_bytes
+            # It is executed in whole sectors, while rows of a few numbers are up to 16 bytes apart.
+            room = 64 * len(launch.arguments) + 3 * 16 * call.size.T
+            assert abs(distinct - expected.distinct) <= room, launch.name
+        assert operator.torch_kernels == []
+        direction = operator.name.rpartition("_")[2]
+        assert len(operator.launches) <= report.MOST_LAUNCHES[direction]
+
+
+@functools.cache
+def figures(call):
+    recording = record(call)
+    return {
+        o.name: report.figures(o, [account(launch) for launch in o.launches])
+        for o in recording.operators
+    }
+
+
+@pytest.mark.parametrize(
+    "direction, train", [("forward", "all"), ("backward", "all"), ("backward", "x")]
+)
+def test_budgets(direction, train):
+    f = figures(usual("topk", report.LARGE, train=train))[f"topk_{direction}"]
+    assert f.launches <= report.MOST_LAUNCHES[direction]
+    assert f.moved <= report.MOST_MOVED * f.least
+    assert f.distinct <= report.MOST_DISTINCT * f.least
+
+
+@pytest.mark.xfail(
+    "decode" not in PATHS["triton"], reason="there is no decode path yet", strict=True
+)
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_launches_of_few_tokens(tokens):
+    (f,) = figures(usual("topk", tokens, train="")).values()
+    assert f.launches <= report.MOST_LAUNCHES["decode"]
+
+
+def test_the_least_by_hand():
+    """x, dy and dx, weights, what is saved; y only written, and dy twice if weights are trained."""
+    T, K, N, R, E = 8192, 4096, 4096, 64, 8
+    saved = 4 * T * (R + E + 1)
+    forward = 2 * T * K + 2 * R * (K + N) + 2 * E * K + 2 * T * N + saved + 8 * E + 4 * E
+    frozen = 2 * T * N + 2 * R * (K + N) + 2 * E * K + saved + 2 * T * K
+    trained = frozen + 2 * T * N + 2 * T * K + 2 * R * (K + N) + 2 * E * K
+    for train, backward in (("all", trained), ("x", frozen)):
+        of = figures(usual("topk", T, train=train))
+        assert of["topk_forward"].least == forward
+        assert of["topk_backward"].least == backward
+
+
+def test_another_tile_is_another_figure(monkeypatch):
+    """A block that walks half as far reads its columns of the experts twice as often."""
+    call = usual("topk", 256, 256, 256, train="")
+
+    def loads():
+        (launch,) = (r for r in record(call)["topk_forward"].launches if "expand" in r.name)
+        return account(launch).loads.moved
+
+    before, chosen = loads(), tiles.expand
+    walk = chosen(256, 256, 64, 2, tiles.Arch("cuda", "sm_90", 132)).walk
+    monkeypatch.setattr(tiles, "expand", lambda *a: chosen(*a)._replace(walk=walk // 2))
+    assert loads() - before == 256 // walk * 64 * 256 * 2
+
+
+def test_a_kernel_without_a_row_is_an_error():
+    (launch,) = record(usual("topk", 8, 64, 64, train=""))["topk_forward"].launches[:1]
+    launch.name = "another"
+    with pytest.raises(KeyError, match="another"):
+        account(launch)
+
+
+def test_the_model_takes_the_slowest_resource():
+    launch = record(usual("topk", 8192, train=""))["topk_forward"].launches[0]
+    a = account(launch)
+    assert a.blocks == 128
+    fast, slow = model.seconds(a)
+    assert fast == a.distinct / 4.3e12 and slow == a.moved / 5.5e12 > fast
+    a.flops = 790e12
+    assert model.seconds(a) == (132 / 128, 132 / 128)
+    assert model.gemm_seconds(8192, 4096, 4096) == 2 * 8192 * 4096**2 / 790e12 + model.LAUNCH
+
+
+def test_the_page_is_up_to_date():
+    """As far as topk goes; `make gpu-traffic` writes all of it."""
+    call, text = usual("topk", report.LARGE), PAGE.read_text()
+    for row in report.operator_rows(call, {"Triton": record(call)}):
+        assert " | ".join(row) in text
