@@ -6,13 +6,12 @@ tensors, streams or graphs are marked ``gpu``, and run with ``--gpu`` alone.
 """
 
 import contextlib
-import functools
-import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_ops import backends, ops, use_backend
 
@@ -48,13 +47,26 @@ def carried(
         device: where they run.
         operators: what runs there, by default the operators themselves.
     """
-    with torch.library._scoped_library(ops.NAMESPACES[backend], "IMPL") as library:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of kernels that are overridden, as is meant
-            for name, operator in vars(operators or ops.of(backend)).items():
-                run = functools.partial(_carry, operator, device)
-                library.impl(name, run, "CPU", allow_override=True)
+    with _Carrier(vars(operators or ops.of(backend)), ops.NAMESPACES[backend], device):
         yield
+
+
+class _Carrier(TorchDispatchMode):
+    """Takes the calls of a namespace.
+
+    Registering other kernels would not end with the test: PyTorch keeps a Python kernel that was
+    overridden for whoever calls it under a mode.
+    """
+
+    def __init__(self, operators: dict[str, Callable], namespace: str, device: str):
+        super().__init__()
+        self.operators, self.namespace, self.device = operators, namespace, device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != self.namespace:
+            return func(*args, **(kwargs or {}))
+        assert not kwargs  # our operators are called with positions alone
+        return _carry(self.operators[func._schema.name.split("::")[1]], self.device, *args)
 
 
 def _carry(operator: Callable, device: str, *arguments):

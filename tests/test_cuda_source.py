@@ -100,12 +100,15 @@ def outcomes(request, folder):
     for name, (edit, *_) in planted.items():
         libraries[name] = source.build(folder, sanitizer, edit, name.replace(" ", "_"))
     shows = {case: case for case in CASES} | {name: case for name, (_, case, _) in planted.items()}
+    # ThreadSanitizer judges by what is ordered, not by what came first: one order will do where
+    # there is nothing to find.  It remembers few accesses of an address, so a race can escape it.
+    thread = sanitizer == "thread"
     jobs = [
         {
             "library": str(library),
             "case": shows[name],
-            # ThreadSanitizer judges by what is ordered, not by what came first: one order will do.
-            "seeds": SEEDS[i % len(SEEDS) :][:1] if sanitizer == "thread" else SEEDS,
+            "seeds": SEEDS[i % len(SEEDS) :][:1] if thread and name in CASES else SEEDS,
+            "bits": not thread,
             "budget": not sanitizer,
         }
         for i, (name, library) in enumerate(libraries.items())
