@@ -221,16 +221,21 @@ def adapter(inputs, rows, **options):
     return y.detach(), *torch.autograd.grad(y, x, inputs.dy[rows])
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [(90, BF16), (80, F16)], ids=str)
+@pytest.mark.parametrize(("arch", "dtype"), [(90, BF16), (80, F32)], ids=str)
 def test_a_token_does_not_depend_on_its_neighbours(arch, dtype):
-    """The same bits alone and among others, whatever the tiles and wherever the mix runs."""
+    """The same bits alone and among others, whatever the tiles and wherever the mix runs.
+
+    In float32 no rounding hides a sum in another order, and without renormalisation all logits are
+    summed.
+    """
     inputs = make_inputs(STANDARD, dtype)
     with gpu(arch, 1):
-        whole = adapter(inputs, range(STANDARD.T))
+        whole = adapter(inputs, range(STANDARD.T), renormalize=dtype != F32)
     for multiprocessors in (1, 4, 132):
         with gpu(arch, multiprocessors) as device:
             for rows in ([7], [66, 3], list(range(70))):
-                for got, want in zip(adapter(inputs, rows), whole, strict=True):
+                results = adapter(inputs, rows, renormalize=dtype != F32)
+                for got, want in zip(results, whole, strict=True):
                     assert torch.equal(got, want[rows])
         assert ("mix" in names(device)) == (multiprocessors > 1)
 

@@ -13,6 +13,7 @@ from triton_gpu import gpu, names, needs_triton
 
 from moelora_ops import ops
 from moelora_ops.backends import extension
+from moelora_ops.bench import numerics
 
 pytestmark = needs_triton
 
@@ -20,9 +21,14 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 triton_ops = ops.of("triton")
 AGREE_WITH = None if extension.why_missing() else "cpu"
 
-NO_TOKENS, DECODE, STANDARD, MANY = (SIZES[i] for i in (0, 1, 7, 11))
+NO_TOKENS, DECODE, STANDARD, EXPERTS, MANY = (SIZES[i] for i in (0, 1, 7, 10, 11))
 HIGHEST_RANK = Size((20,), 40, 56, 2, 130)
 LONG = Size((2, 520), 24, 40, 3, 2)
+
+# What a mix is given per token, per sequence or by a row_map.
+TABLE = {"gated": "weights", "averaged": "weights", "grid": "intuition"}
+# The gradients of omega, beta and tau are a number each: one draw says little about its error.
+DRAWS = {"grid": 4, "output_gate": 2}
 
 
 # With one multiprocessor blocks are as large as for many tokens.
@@ -43,6 +49,28 @@ LONG = Size((2, 520), 24, 40, 3, 2)
         ("averaged", "splits", STANDARD, 80, F16, None),
         ("averaged", "splits-sequence", STANDARD, 90, BF16, None),
         ("averaged", "sequence", LONG, 80, F32, None),
+        ("grid", "sequence", NO_TOKENS, 90, BF16, None),
+        ("grid", "token", STANDARD, 90, BF16, None),
+        ("grid", "sequence", STANDARD, 90, BF16, None),
+        ("grid", "map", STANDARD, 90, BF16, None),
+        ("grid", "map", STANDARD, 90, BF16, 1),
+        ("grid", "bare", STANDARD, 90, BF16, None),
+        ("grid", "rank1", STANDARD, 90, BF16, None),
+        ("grid", "rank1-sequence", LONG, 80, F32, None),
+        ("grid", "token", EXPERTS, 80, F16, None),
+        ("output_gate", "l2", NO_TOKENS, 90, BF16, None),
+        ("output_gate", "l2", STANDARD, 90, BF16, None),
+        ("output_gate", "l2_per_expert", STANDARD, 90, BF16, None),
+        ("output_gate", "layernorm", STANDARD, 90, BF16, None),
+        ("output_gate", "none", STANDARD, 90, BF16, None),
+        ("output_gate", "masked", STANDARD, 90, BF16, None),
+        ("output_gate", "masked-input", STANDARD, 90, BF16, 1),
+        ("output_gate", "sequence", STANDARD, 90, BF16, None),
+        ("output_gate", "sequence-layernorm", STANDARD, 90, BF16, None),
+        ("output_gate", "sequence-per-expert", STANDARD, 90, BF16, None),
+        ("output_gate", "masked-input-layernorm", LONG, 80, F32, None),
+        ("output_gate", "l2", EXPERTS, 80, F16, None),
+        ("output_gate", "l2_per_expert", HIGHEST_RANK, 80, F16, None),
     ],
     ids=str,
 )
@@ -56,7 +84,7 @@ def test_matches_reference(name, variant, size, arch, dtype, multiprocessors):
             yield
         launched.append(names(device))
 
-    assert_within_budget(backend, name, variant, size, dtype, 1, AGREE_WITH)
+    assert_within_budget(backend, name, variant, size, dtype, DRAWS.get(name, 1), AGREE_WITH)
     # Beside the base GEMM: at most 3 forward and 5 backward.
     assert len(launched[0]) <= (8 if torch.Size(size.lead).numel() else 0)
 
@@ -73,6 +101,8 @@ MERGED = ["merge", "shrink_sequences", "expand_sequences"]
         ("gated", "map-relu", 1, [*FUSED, "outer_parts"]),
         ("averaged", "map", 132, [*SPLIT, "outer_parts"]),
         ("averaged", "splits-sequence", 132, [*MERGED, *MERGED, "outer_sequences", "unmerge"]),
+        ("grid", "map", 132, [*SPLIT, "outer_parts"]),
+        ("output_gate", "l2", 132, [*SPLIT, "outer_parts"]),
     ],
 )
 def test_launches(name, variant, multiprocessors, want):
@@ -89,21 +119,24 @@ def adapter(name, inputs, rows):
     x = tensors["x"] = tensors["x"][rows].requires_grad_()
     if "row_map" in options:
         options["row_map"] = options["row_map"][rows]
-    else:
-        tensors["weights"] = tensors["weights"][rows]
+    elif name in TABLE:
+        tensors[TABLE[name]] = tensors[TABLE[name]][rows]
     dy = inputs.dy[rows]
     base_output = torch.zeros_like(dy)
     y = MIXES[name].function(**tensors, weight=None, bias=None, base_output=base_output, **options)
     return y.detach(), *torch.autograd.grad(y, x, dy)
 
 
-@pytest.mark.parametrize(("name", "variant"), [("gated", "map-relu"), ("averaged", "map")])
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("gated", "map-relu"), ("averaged", "map"), ("grid", "map"), ("output_gate", "l2")],
+)
 def test_a_token_does_not_depend_on_its_neighbours(name, variant):
     """The same bits alone and among others, whatever the tiles and wherever the mix runs."""
     inputs = make_inputs(name, variant, STANDARD._replace(lead=(70,)), BF16)
     with gpu(90):
         whole = adapter(name, inputs, list(range(70)))
-    for multiprocessors in (132, 1) if name == "gated" else (132,):
+    for multiprocessors in (132,) if name == "averaged" else (132, 1):
         with gpu(90, multiprocessors):
             for rows in ([7], [66, 3], list(range(70))):
                 for got, want in zip(adapter(name, inputs, rows), whole, strict=True):
@@ -127,47 +160,86 @@ def test_a_token_does_not_depend_on_its_sequence():
 # ---------------------------------------------------------------- shared weights
 
 
-@pytest.mark.parametrize(("name", "variant"), [("gated", "map-relu"), ("averaged", "map")])
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("gated", "map-relu"), ("averaged", "map"), ("grid", "map"), ("output_gate", "masked-input")],
+)
 def test_a_token_that_is_not_finite_spoils_no_other(name, variant):
     """Its row and its row of the weights are NaN; the others keep their bits."""
     inputs = make_inputs(name, variant, STANDARD._replace(lead=(70,)), BF16)
-    row = int(inputs.options["row_map"][3])
+    spoiled_rows = {"y": 3}
+    if name != "averaged":  # which is linear in x
+        spoiled_rows["dx"] = 3
+    if name in TABLE:
+        spoiled_rows[f"d{TABLE[name]}"] = int(inputs.options["row_map"][3])
     results = []
     for value in (inputs.tensors["x"][3].clone(), float("nan")):
         inputs.tensors["x"][3] = value
         with gpu(90):
             results.append(run(MIXES[name].function, inputs))
     clean, spoiled = results
-    for key, own in (("y", 3), ("dweights", row)):
+    for key, own in spoiled_rows.items():
         others = [i for i in range(len(clean[key])) if i != own]
         assert clean[key].isfinite().all()
         assert torch.equal(spoiled[key][others], clean[key][others])
         assert spoiled[key][own].isnan().all()
 
 
+WEIGHTS_ALONE = ["shrink_parts", "mix_backward", "outer_parts"]
+
+
 @pytest.mark.parametrize(
-    ("name", "variant", "want"),
+    ("name", "variant", "trained", "want"),
     [
-        ("gated", "gelu_tanh-biases", ["shrink_parts", "mix_backward", "outer_parts"]),
-        ("averaged", "map", ["shrink_parts", "mix_backward", "outer_parts"]),
+        ("gated", "gelu_tanh-biases", "weights", WEIGHTS_ALONE),
+        ("averaged", "map", "weights", WEIGHTS_ALONE),
         (
             "averaged",
             "splits-sequence",
+            "weights",
             ["merge", "shrink_sequences", "outer_sequences", "unmerge"],
         ),
+        ("grid", "token", "intuition", ["shrink_parts", "mix_backward"]),
+        ("grid", "map", "intuition", WEIGHTS_ALONE),
+        ("output_gate", "l2", "gate", WEIGHTS_ALONE),
     ],
 )
-def test_frozen_experts_with_trained_weights(name, variant, want):
+def test_frozen_experts_with_trained_weights(name, variant, trained, want):
     """Nothing is computed but the weights' gradient."""
     inputs = make_inputs(name, variant, STANDARD, BF16)
-    weights = inputs.tensors["weights"].clone().requires_grad_()
+    weights = inputs.tensors[trained].clone().requires_grad_()
     with gpu(90) as device:
         everything = run(MIXES[name].function, inputs)
-        y = MIXES[name].function(**inputs.tensors | {"weights": weights}, **inputs.options)
+        y = MIXES[name].function(**inputs.tensors | {trained: weights}, **inputs.options)
         device.launches.clear()
         (dweights,) = torch.autograd.grad(y, weights, inputs.dy)
     assert names(device) == want
-    torch.testing.assert_close(dweights, everything["dweights"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dweights, everything[f"d{trained}"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_that_reaches_the_gates():
+    """As a balance loss sends it, beside that of y and alone."""
+    inputs = make_inputs("output_gate", "l2", STANDARD, BF16)
+    dgates = torch.randn(*STANDARD.lead, STANDARD.E, generator=torch.Generator().manual_seed(7))
+
+    def with_gates(function, inputs, dy):
+        leaves = {n: inputs.tensors[n].clone().requires_grad_() for n in ("x", "gate", "tau")}
+        y, gates = function(**inputs.tensors | leaves, **inputs.options, return_gates=True)
+        outputs, gradients = (gates,), (dgates.to(gates.dtype),)
+        if dy is not None:
+            outputs, gradients = (y, gates), (dy, *gradients)
+        grads = torch.autograd.grad(outputs, list(leaves.values()), gradients)
+        return {"gates": gates.detach()} | {
+            f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)
+        }
+
+    mix, exact = MIXES["output_gate"], inputs.to(torch.float64)
+    for dy in (inputs.dy, None):
+        with gpu(90):
+            got = with_gates(mix.function, inputs, dy)
+        plain = with_gates(mix.reference, inputs, dy)
+        want = with_gates(mix.reference, exact, None if dy is None else exact.dy)
+        numerics.check_numerics("gates", got, plain, want)
 
 
 # ---------------------------------------------------------------- operators
@@ -189,6 +261,10 @@ def calls_of(name, variant, lead=(20,)):
         ("gated", "map-relu", (20,)),
         ("averaged", "map", (20,)),
         ("averaged", "splits-sequence", (2, 10)),
+        ("grid", "map", (20,)),
+        ("grid", "rank1", (20,)),
+        ("output_gate", "masked-input", (20,)),
+        ("output_gate", "layernorm", (20,)),
     ],
 )
 def test_opcheck(name, variant, lead):
@@ -199,10 +275,12 @@ def test_opcheck(name, variant, lead):
 
 
 # Where the operators' arguments are.
-ROW_MAP = {"gated_forward": 6, "averaged_forward": 4}
+ROW_MAP = {"gated_forward": 6, "averaged_forward": 4, "grid_forward": 7}
 
 
-@pytest.mark.parametrize(("name", "variant"), [("gated", "map-relu"), ("averaged", "map")])
+@pytest.mark.parametrize(
+    ("name", "variant"), [("gated", "map-relu"), ("averaged", "map"), ("grid", "map")]
+)
 def test_a_row_that_does_not_exist_reads_as_nan(name, variant):
     """A wrong row_map reaches no foreign memory; on a GPU its values are not looked at before."""
     arguments, _ = calls_of(name, variant)
@@ -244,6 +322,32 @@ def test_a_row_that_does_not_exist_reads_as_nan(name, variant):
         ("averaged_forward", "map", 9, True, "row_map"),
         ("averaged_backward", "map", 6, torch.zeros(20, 8), "hidden"),
         ("averaged_backward", "map", 7, torch.zeros(20, 199, dtype=BF16), "dx"),
+        ("grid_forward", "map", 0, torch.zeros(20, 199, dtype=BF16), "x"),
+        ("grid_forward", "map", 1, torch.zeros(8, 1, 200, dtype=BF16), "lora_down"),
+        ("grid_forward", "map", 2, torch.zeros(0, 136, dtype=BF16), "lora_up"),
+        ("grid_forward", "map", 4, torch.zeros(1), "omega"),
+        ("grid_forward", "map", 5, torch.zeros(2, dtype=BF16), "beta"),
+        ("grid_forward", "map", 6, torch.zeros(4, 63), "intuition"),
+        ("grid_forward", "map", 7, torch.zeros(19, dtype=torch.int32), "row_map"),
+        ("grid_forward", "map", 9, torch.zeros(20, 135, dtype=BF16), "y"),
+        ("grid_forward", "map", 12, True, "router"),
+        ("grid_backward", "map", 0, torch.zeros(19, 136, dtype=BF16), "dy"),
+        ("grid_backward", "map", 9, torch.zeros(20, 71), "hidden"),
+        ("grid_backward", "map", 10, torch.zeros(20, 199, dtype=BF16), "dx"),
+        ("output_gate_forward", "layernorm", 1, torch.zeros(8, 7, 200, dtype=BF16), "lora_up"),
+        ("output_gate_forward", "layernorm", 3, torch.zeros(64, 8), "projection"),
+        ("output_gate_forward", "layernorm", 4, torch.zeros(8, 8, 8, dtype=BF16), "factors"),
+        ("output_gate_forward", "layernorm", 5, None, "means"),
+        ("output_gate_forward", "layernorm", 6, torch.zeros(7), "scales"),
+        ("output_gate_forward", "layernorm", 7, torch.zeros(2), "tau"),
+        ("output_gate_forward", "layernorm", 8, torch.zeros(7, dtype=torch.bool), "mask"),
+        ("output_gate_forward", "layernorm", 10, torch.zeros(20, 135, dtype=BF16), "y"),
+        ("output_gate_forward", "layernorm", 11, 4, "normalization"),
+        ("output_gate_backward", "layernorm", 0, torch.zeros(19, 136, dtype=BF16), "dy"),
+        ("output_gate_backward", "layernorm", 1, torch.zeros(20, 7), "dgates"),
+        ("output_gate_backward", "layernorm", 10, torch.zeros(20, 63), "hidden"),
+        ("output_gate_backward", "layernorm", 11, torch.zeros(19, 8), "gates"),
+        ("output_gate_backward", "layernorm", 12, torch.zeros(20, 199, dtype=BF16), "dx"),
     ],
 )
 def test_operators_called_directly_do_not_leave_their_memory(

@@ -83,19 +83,19 @@ def check_like(t: Tensor, x: Tensor, shape: tuple[int, ...], name: str) -> None:
         raise RuntimeError(f"{name}: wanted a contiguous tensor")
 
 
-def experts(x: Tensor, lora_down: Tensor, lora_up: Tensor) -> Rows:
+def experts(x: Tensor, lora_down: Tensor, lora_up: Tensor, name: str = "x") -> Rows:
     """x ``[..., K]`` as rows, if lora_down ``[E, r, K]`` and lora_up ``[E, r, N]`` are its experts.
 
     Raises:
         RuntimeError: they are not; the message names what does not fit.
     """
     check_dtype(x)
-    rows = rows_of(x, "x")
+    rows = rows_of(x, name)
     if lora_down.dim() != 3 or lora_up.dim() != 3:
         raise RuntimeError("lora_down, lora_up: wanted 3 dimensions")
     E, r, K = lora_down.shape
     if rows.columns != K:
-        raise RuntimeError(f"x: wanted last dimension {K}, got {rows.columns}")
+        raise RuntimeError(f"{name}: wanted last dimension {K}, got {rows.columns}")
     check_like(lora_down, x, (E, r, K), "lora_down")
     check_like(lora_up, x, (E, r, lora_up.shape[2]), "lora_up")
     return rows

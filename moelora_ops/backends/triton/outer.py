@@ -118,13 +118,13 @@ def outer_parts(
     BB_0: tl.constexpr, SPLITS_0: tl.constexpr, WIDE_0: tl.constexpr, ROWS_1: tl.constexpr,
     BA_1: tl.constexpr, ROWS_1B: tl.constexpr, BB_1: tl.constexpr, SPLITS_1: tl.constexpr,
     WIDE_1: tl.constexpr, BT: tl.constexpr, BN_0: tl.constexpr, BN_1: tl.constexpr,
-    BN_SUM: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS: tl.constexpr, BN_SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See :func:`run`.  Grid: the blocks of both sides and of each of sums, parts of span tokens.
 
     Args:
         wide_0, wide_1: may be None.
-        sums: a tuple, may be empty.
+        sums: a tuple of SUMS (whose length Triton 3.6 cannot take).
     """
     block, part = tl.program_id(0), tl.program_id(1)
     begin = part.to(tl.int64) * span
@@ -144,7 +144,7 @@ def outer_parts(
             WIDE_1, PRECISION,
         )  # fmt: skip
     block -= blocks_1
-    for i in tl.static_range(len(sums)):
+    for i in tl.static_range(SUMS):
         blocks = sums[i][6] * tl.cdiv(sums[i][3], BN_SUM)
         if (block >= 0) & (block < blocks):
             sum_block(sums[i], offset, block, begin, end, BT, BN_SUM)
@@ -310,7 +310,7 @@ def run(
         *outs[:4], *arguments_0, *arguments_1,
         tuple(s.arguments(out) for s, out in zip(sums, outs[4:], strict=True) if s), masks.seed,
         masks.threshold, T, tile.span, part_size, blocks_0, blocks_1, *constants_0, *constants_1,
-        BT=tile.BT, BN_0=tile.BN, BN_1=BN_1, BN_SUM=SUM_COLUMNS,
+        BT=tile.BT, BN_0=tile.BN, BN_1=BN_1, SUMS=len(wanted_sums), BN_SUM=SUM_COLUMNS,
         PRECISION=launch.precision(some.data.dtype), **launch.options(tile.warps, tile.stages),
     )  # fmt: skip
     if tile.splits > 1:

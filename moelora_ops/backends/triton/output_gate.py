@@ -92,14 +92,29 @@ def rotated(
 
 @triton.jit
 def load_projection(
-    projection, q, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
-    """P at the columns of chunk q: [C, EP]."""
+    projection, q, n, E: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr
+):
+    """P at the columns of chunk q and the logits n: [C, len(n)]."""
     _, column, exists = chunk_columns(q, E, RANK, WIDTH, C)
-    n = tl.arange(0, EP)
     at = projection + column[:, None] * E + n[None, :]
     return tl.load(at, mask=exists[:, None] & (n < E)[None, :], other=0.0)
+
+
+@triton.jit
+def times_projection(
+    dlogits, projection, q, rows, exists, BT: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr,
+    EP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dlogits [., E] times Pᵀ at the columns of chunk q: [BT, C]."""
+    EC: tl.constexpr = min(EP, 32)
+    total = tl.zeros([BT, C], tl.float32)
+    for first in range(0, E, EC):
+        n = first + tl.arange(0, EC)
+        mask = exists[:, None] & (n < E)[None, :]
+        delta = tl.load(dlogits + rows[:, None] * E + n[None, :], mask=mask, other=0.0)
+        p = load_projection(projection, q, n, E, RANK, WIDTH, C)
+        total = tl.dot(delta, p.T, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -204,7 +219,9 @@ def gate(
             elif NORMALIZATION != NONE:
                 z = rotated(tile, factors, group, piece, BT, E, RANK, WIDTH, C, PRECISION)
                 squares += z * z
-            p = load_projection(projection, group * PIECES + piece, E, RANK, EP, WIDTH, C)
+            p = load_projection(
+                projection, group * PIECES + piece, tl.arange(0, EP), E, RANK, WIDTH, C
+            )
             logits += tl.dot(h, p, input_precision=PRECISION)
         if NORMALIZATION == LAYERNORM:
             e = group * GROUP + tl.arange(0, GROUP)
@@ -337,6 +354,7 @@ def mix_backward(
     along = tl.sum(delta * logits, 1)
     tl.store(dlogits + at_n, delta, mask=mask_n)
     tl.store(dtau + rows, -inverse_tau * along, mask=exists)
+    tl.debug_barrier()  # other threads of the block read dlogits
 
     # Through the product with P and the norm ν: with u = H / ν, dH = du / ν - <du, u> dν/dH / ν.
     if NORMALIZATION == LAYERNORM:
@@ -352,9 +370,11 @@ def mix_backward(
             )
             alongs = tl.zeros([BT, GROUP], tl.float32)
             for piece in range(PIECES):
-                h = load_fed(tile, group * PIECES + piece, E, RANK, WIDTH, C)
-                p = load_projection(projection, group * PIECES + piece, E, RANK, EP, WIDTH, C)
-                alongs += sum_experts(tl.dot(delta, p.T, input_precision=PRECISION) * h, GROUP)
+                q = group * PIECES + piece
+                du = times_projection(
+                    dlogits, projection, q, rows, exists, BT, E, RANK, EP, WIDTH, C, PRECISION
+                )
+                alongs += sum_experts(du * load_fed(tile, q, E, RANK, WIDTH, C), GROUP)
             alongs *= inverses
         # What R_eᵀ R_e H_e is multiplied by.  A norm that was clamped is a constant.
         turn = alongs * inverses * inverses
@@ -372,8 +392,10 @@ def mix_backward(
             u = times_experts(load_fed(tile, q, E, RANK, WIDTH, C), inverses)
             tl.store(normalized + rows[:, None] * ROWS + column[None, :], u, mask=mask_h)
             if dhidden is not None:
-                p = load_projection(projection, q, E, RANK, EP, WIDTH, C)
-                dh = times_experts(tl.dot(delta, p.T, input_precision=PRECISION), inverses)
+                du = times_projection(
+                    dlogits, projection, q, rows, exists, BT, E, RANK, EP, WIDTH, C, PRECISION
+                )
+                dh = times_experts(du, inverses)
                 if NORMALIZATION != NONE:
                     back = tl.zeros([BT, C], tl.float32)
                     for i in range(piece + 1):
@@ -430,7 +452,7 @@ def output_gate_backward(
 
     dx has x's shape even if it is not wanted.
     """
-    dx_rows = launch.experts(dx, lora_down, lora_up)
+    dx_rows = launch.experts(dx, lora_down, lora_up, "dx")
     T, (E, r, N) = dx_rows.count, lora_up.shape
     dy_rows = launch.rows_like(dy, dx, (*dx.shape[:-1], N), "dy")
     _check(E, r, projection, factors, means, scales, tau, mask, normalization)

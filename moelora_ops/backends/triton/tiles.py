@@ -228,7 +228,8 @@ def output_gate(num_experts: int, rank: int) -> OutputGate:
     """The tile of the mix, which depends on nothing else, and so does the order of its sums."""
     E, width = power_of_2(num_experts), power_of_2(rank)
     EP = max(E, LEAST_COLUMNS)
-    C = rows_of_product(E * width, 32)
+    # Narrow ones take fewer registers; but a rank that is cut into pieces costs their cube.
+    C = rows_of_product(E * width, 32 if width <= 64 else 64)
     return OutputGate(16, EP, C, min(width, max(64 // EP, 1)), 4)
 
 
