@@ -1,5 +1,6 @@
 // Twins of the wrappers in csrc/cuda/ptx.cuh, which this file replaces: what each instruction does,
-// in C++.  Memory is touched here and by the lane that names it, so that sanitizers see it.
+// in C++.  What an instruction reads or writes is touched in this file, which sanitizers see, and by
+// the lane that names it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,12 +32,14 @@ struct alignas(16) MatrixRow {
   uint16_t v[8];
 };
 inline void load_matrices(uint32_t (&m)[4], const void* row) {
-  const auto all = emulated::meet("load_matrices", *static_cast<const MatrixRow*>(row));
+  const MatrixRow mine = *static_cast<const MatrixRow*>(row);
+  const auto all = emulated::meet("load_matrices", mine);
   const unsigned own = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
   for (int i = 0; i < 4; ++i) memcpy(&m[i], &all.lane[8 * i + own].v[column], sizeof m[i]);
 }
 inline void load_matrices_transposed(uint32_t (&m)[4], const void* row) {
-  const auto all = emulated::meet("load_matrices_transposed", *static_cast<const MatrixRow*>(row));
+  const MatrixRow mine = *static_cast<const MatrixRow*>(row);
+  const auto all = emulated::meet("load_matrices_transposed", mine);
   const unsigned column = threadIdx.x % 32 / 4, first = threadIdx.x % 4 * 2;
   for (int i = 0; i < 4; ++i) {
     const MatrixRow* pair = &all.lane[8 * i + first];
