@@ -182,7 +182,7 @@ def write_json(path: Path, report: dict) -> None:
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
-def write_markdown(path: Path, report: dict) -> None:
+def markdown(report: dict) -> str:
     """The tables, under the facts about the run."""
     lines = [
         f"# {report['method']}, {report['date'][:10]}, {_machine_name(report)}",
@@ -201,7 +201,11 @@ def write_markdown(path: Path, report: dict) -> None:
         lines.append("| --- |" + " ---: |" * (len(headers) - 1))
         lines += [f"| {' | '.join(row)} |" for row in _rows(record)]
         lines += ["", _note(record)]
-    path.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
+
+
+def write_markdown(path: Path, report: dict) -> None:
+    path.write_text(markdown(report))
 
 
 def _machine_name(report: dict) -> str:
@@ -253,6 +257,49 @@ def draw_plot(report: dict):
         f"{_machine_name(report)}, {threads}torch {facts['torch']}",
         fontsize=10,
     )
+    return figure
+
+
+def draw_sweep(reports: list[dict]):
+    """A figure of the tax over the number of tokens, one panel per method and shape.
+
+    Shapes that were measured for one number of tokens are left out.
+    """
+    from matplotlib.figure import Figure
+
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for report in reports:
+        for record in report["cases"]:
+            if "refused" in record or "tokens" not in record:
+                continue
+            tokens = record["tokens"]
+            title = f"{report['method']} {record['case'].replace(f'-t{tokens}', '')}"
+            lines = panels.setdefault(title, {})
+            for name, variant in record["variants"].items():
+                if name != BASE:
+                    lines.setdefault(name, {})[tokens] = variant["tax"]
+    panels = {t: lines for t, lines in panels.items() if max(map(len, lines.values())) > 1}
+    rows = max(1, -(-len(panels) // 2))
+    figure = Figure(figsize=(14, 3.2 * rows + 0.6), layout="constrained")
+    axes = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        for name, points in lines.items():
+            axis.plot(
+                *zip(*sorted(points.items()), strict=True), label=name, marker="o", markersize=3,
+                linewidth=2 if _is_ours(name) else 1,
+            )  # fmt: skip
+        axis.axhline(1, color="black", linewidth=0.5)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("tokens", fontsize=8)
+        axis.legend(fontsize=7)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    if reports:
+        torch = reports[0]["info"]["torch"]
+        title = f"layer / frozen linear, lower is better\n{_machine_name(reports[0])}, torch {torch}"
+        figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -325,6 +325,7 @@ def run_case(
     record = {
         "case": case.name,
         "shape": str(case),
+        "tokens": case.tokens,
         "dtype": case.dtype,
         "direction": direction,
         "graphs": settings.graphs,
