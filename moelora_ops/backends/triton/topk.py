@@ -1,7 +1,8 @@
 """The topk mix: router logits, softmax, the k largest, their experts weighted (docs/math.md).
 
-Row mathematics as in csrc/mix/topk.h.  A tile of BT tokens has its logits in EP columns and its
-hidden in EP groups of WIDTH, both powers of two that hold E experts of rank r.
+All experts of every token: stacked; grouped.py has the chosen ones alone.  A tile of BT tokens has
+its logits in EP columns and its hidden in EP groups of WIDTH, both powers of two that hold E
+experts of rank r.
 
 `saved` holds hidden [T, E * r], logits [T, E] and, as int32 bits, the last choice [T]: from the
 logits and the k-th largest of them all else is computed again.
@@ -17,49 +18,19 @@ from . import expand as _expand
 from . import launch, tiles
 from . import outer as _outer
 from . import shrink as _shrink
-from .device import (
-    NO_KEY,
-    exponentials,
-    first_columns,
-    in_eights,
-    padded,
-    row_keys,
-    shares,
-    softmax_backward,
-    sum_runs,
-)
+from .device import exponentials, first_columns, in_eights, padded, row_keys, sum_runs
 from .expand import expand_strip
+from .routing import (
+    choices,
+    chosen_shares,
+    last_choice,
+    logit_gradients,
+    store_prob_sums,
+    sum_tiles,
+)
 from .shrink import add_parts, shrink_tile
 
-# ---------------------------------------------------------------- row mathematics
-
-
-@triton.jit
-def last_choice(keys, E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr):
-    """Index [BT] of the k-th largest of keys [BT, EP]; ties go to the lower index."""
-    last = tl.full([keys.shape[0]], E - 1, tl.int32)
-    if TOP_K < E:
-        for _ in range(TOP_K):
-            last = tl.argmax(keys, 1, tie_break_left=True)
-            keys = tl.where(tl.arange(0, EP)[None, :] == last[:, None], NO_KEY, keys)
-    return last
-
-
-@triton.jit
-def choices(keys, last, E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr):
-    """bool [BT, EP]: the columns up to the k-th largest, which is column `last` [BT]."""
-    if TOP_K == E:
-        return keys != NO_KEY
-    e = tl.arange(0, EP)[None, :]
-    least = tl.max(tl.where(e == last[:, None], keys, NO_KEY), 1)[:, None]
-    return (keys > least) | ((keys == least) & (e <= last[:, None]))
-
-
-@triton.jit
-def chosen_shares(p, chosen, RENORMALIZE: tl.constexpr):
-    """The weights [BT, EP]: zero for what is not chosen."""
-    among = tl.where(chosen, p, 0.0)
-    return tl.where(chosen, shares(p, among if RENORMALIZE else p), 0.0)
+# ---------------------------------------------------------------- a tile, forward and backward
 
 
 @triton.jit
@@ -71,9 +42,6 @@ def scaled(weights, hidden, scale, BT: tl.constexpr, EP: tl.constexpr, WIDTH: tl
     weights = (scale * weights)[:, :, None]
     hidden = tl.reshape(hidden, [BT, EP, WIDTH])
     return tl.reshape(tl.where(weights == 0, 0.0, weights * hidden), [BT, EP * WIDTH])
-
-
-# ---------------------------------------------------------------- a tile, forward and backward
 
 
 @triton.jit
@@ -113,8 +81,7 @@ def forward_tile(
 
     counted = tl.where(exists[:, None] & chosen, 1, 0)
     tl.store(counts + tile * E + e, tl.sum(counted, 0), mask=e < E)
-    probs = tl.where(exists[:, None], shares(p, p), 0.0)
-    tl.store(prob_sums + tile * E + e, tl.sum(probs, 0), mask=e < E)
+    store_prob_sums(prob_sums, p, exists, tile, E)
 
 
 @triton.jit
@@ -148,14 +115,7 @@ def backward_tile(
     weights = chosen_shares(p, chosen, RENORMALIZE)
     dweights = scale * tl.reshape(sum_runs(hidden * dmixed, WIDTH), [BT, EP])
     dweights = tl.where(chosen, dweights, 0.0)
-    # Renormalised weights are a softmax among the chosen; others are probabilities of the full one.
-    out, dprobs = tl.zeros_like(p), dweights
-    if RENORMALIZE:
-        out, dprobs = softmax_backward(weights, dweights), tl.zeros_like(p)
-    if dprob_sums is not None:
-        dprobs += tl.load(dprob_sums + e, mask=e < E, other=0.0)[None, :]
-    if dprob_sums is not None or not RENORMALIZE:
-        out += softmax_backward(shares(p, p), dprobs)
+    out = logit_gradients(p, weights, dweights, dprob_sums, E, RENORMALIZE)
 
     dtype = dhidden.dtype.element_ty
     at = rows[:, None] * in_eights(pitch, True) + column[None, :]
@@ -239,15 +199,9 @@ def expand_and_count(
             ACCUMULATE, PRECISION,
         )  # fmt: skip
     elif part == 0:
-        e, g = tl.arange(0, EP), tl.arange(0, BG).to(tl.int64)
-        count, total = tl.zeros([EP], tl.int64), tl.zeros([EP], tl.float32)
-        for g0 in range(0, tiles, BG):
-            at = (g0 + g)[:, None] * E + e[None, :]
-            mask = (g0 + g < tiles)[:, None] & (e < E)[None, :]
-            count += tl.sum(tl.load(tile_counts + at, mask=mask, other=0), 0)
-            total += tl.sum(tl.load(tile_sums + at, mask=mask, other=0.0), 0)
-        tl.store(counts + e, count, mask=e < E)
-        tl.store(prob_sums + e, total, mask=e < E)
+        e = tl.arange(0, EP)
+        tl.store(counts + e, sum_tiles(tile_counts, tiles, E, EP, BG, tl.int64), mask=e < E)
+        tl.store(prob_sums + e, sum_tiles(tile_sums, tiles, E, EP, BG, tl.float32), mask=e < E)
 
 
 @triton.jit(do_not_specialize=["T"])
