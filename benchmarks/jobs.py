@@ -21,20 +21,22 @@ class Job(NamedTuple):
         name: "part/what".
         command: argv.
         seconds: after which it is interrupted.
-        read: from its output and whether it ended well to what is kept of it.
+        read: what is kept of its result.
         rehearsal: argv that shows without a GPU that the command has what it needs.
         environment: variables on top of ours.
         together: it may run beside its neighbours that say so too.
+        always: it runs again in a pass that resumes.
         instead_of: name of a job; this one runs if that one failed.
     """
 
     name: str
     command: list[str]
     seconds: float
-    read: Callable[[str, bool], dict[str, Any]] = lambda output, ended_well: {}
+    read: Callable[["Result"], dict[str, Any]] = lambda result: {}
     rehearsal: list[str] | None = None
     environment: dict[str, str] = {}  # noqa: RUF012
     together: bool = False
+    always: bool = False
     instead_of: str = ""
 
 
@@ -122,5 +124,5 @@ class _Process:
 
     def result(self) -> Result:
         ended_well = self._process is not None and self._process.returncode == 0
-        status = PASSED if ended_well else CUT if self._cut else FAILED
+        status = CUT if self._cut else PASSED if ended_well else FAILED
         return Result(status, self._seconds, self._log.read_text(errors="replace"))

@@ -76,7 +76,7 @@ class Pass:
 
     def wants(self, job: Job) -> bool:
         """Whether a job is still to be run."""
-        if job.instead_of and self.job(job.instead_of)["status"] != FAILED:
+        if job.instead_of and self.job(job.instead_of).get("status") != FAILED:
             return False
         return job.always or self.job(job.name).get("status", CUT) == CUT
 
@@ -141,19 +141,23 @@ def gpu() -> str:
 
 def build(p: Pass) -> Iterator[Job]:
     """The package from source, in place; without CUDA kernels if these do not build."""
-    install = [
-        sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index",
-        "--editable", ".",
-    ]  # fmt: skip
-    scratch = ["--build-temp", "build/rehearsal/temp", "--build-lib", "build/rehearsal/lib"]
-    rehearsal = [sys.executable, "setup.py", "build_ext", *scratch]
-    environment = {"MOELORA_CPP": "1", "MOELORA_CUDA": "1"}
-    if capability := nvidia_smi("compute_cap"):
-        environment["TORCH_CUDA_ARCH_LIST"] = capability + ("a" if float(capability) >= 9 else "")
-    with_cuda = Job("build/package", install, 300, environment=environment, always=True)
-    yield with_cuda._replace(rehearsal=rehearsal)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    capability = nvidia_smi("compute_cap") or "9.0"
+    environment = {
+        "MOELORA_CPP": "1",
+        "MOELORA_CUDA": "1",
+        "MAX_JOBS": str(os.cpu_count()),
+        "TORCH_CUDA_ARCH_LIST": capability + ("a" if float(capability) >= 9 else ""),
+    }
+    scratch = ["--build-temp", str(p.scratch / "temp"), "--build-lib", str(p.scratch / "lib")]
+    with_cuda = Job(
+        "build/package", command, 300, rehearsal=[*command[:3], *scratch], always=True,
+        environment=environment,
+    )  # fmt: skip
+    yield with_cuda
     yield with_cuda._replace(
         name="build/package-without-cuda",
+        rehearsal=None,
         environment=environment | {"MOELORA_CUDA": "0"},
         instead_of=with_cuda.name,
     )
@@ -261,17 +265,21 @@ def measured(p: Pass, name: str, report: Path, wanted: int, result: Result) -> d
     return {"cases": len(cases), "of": wanted, "refused": refused}
 
 
-def bench_job(p: Pass, name: str, program: list[str], cases: list[str], seconds: float) -> Job:
+def bench_job(
+    p: Pass, name: str, program: list[str], cases: list[str], seconds: float
+) -> Iterator[Job]:
     """A benchmark of those of `cases` that are not in its document yet."""
     report = p.scratch / f"{name.replace('/', '-')}.json"
     done = p.results["documents"].get(name, {"cases": []})["cases"]
     left = [case for case in cases if case not in {record["case"] for record in done}]
+    if not left:
+        return
     program = [sys.executable, *program]
     command = [
         *program, "--device", "cuda", "--backend", *p.backends(), "--case", *left, "--json",
         str(report),
     ]  # fmt: skip
-    return Job(
+    yield Job(
         name, command, seconds, functools.partial(measured, p, name, report, len(cases)),
         rehearsal=[*program[:4], "--device", "cuda", "--list"],
     )  # fmt: skip
@@ -294,11 +302,11 @@ def bench(part: str, direction: str, graphs: bool = False) -> Callable[[Pass], I
             program = ["-m", "moelora_ops.bench", name, "--direction", direction]
             program += ["--rounds", "40", "--seconds", "1.5", *(["--graphs"] if graphs else [])]
             first, rest = cases[:COMPILED], cases[COMPILED:]
-            yield bench_job(p, f"{part}/{name}", program, first, 40 + 45 * len(first))
+            yield from bench_job(p, f"{part}/{name}", program, first, 40 + 45 * len(first))
             if rest:
                 # Compiling for every shape would take most of the time.
                 program = [*program, "--no-compile"]
-                yield bench_job(p, f"{part}/{name}-more", program, rest, 30 + 10 * len(rest))
+                yield from bench_job(p, f"{part}/{name}-more", program, rest, 30 + 10 * len(rest))
 
     return jobs
 
@@ -310,13 +318,14 @@ def bench_models(p: Pass) -> Iterator[Job]:
     if p.backends():
         program = ["benchmarks/whole_model.py", "--rounds", "20", "--seconds", "6"]
         cases = [case.name for case in CASES]
-        yield bench_job(p, "bench-models/llama", program, cases, 40 + 30 * len(cases))
+        yield from bench_job(p, "bench-models/llama", program, cases, 40 + 30 * len(cases))
 
 
 # ---------------------------------------------------------------- the pass
 
 PARTS: dict[str, Callable[[Pass], Iterator[Job]]] = {
     "build": build,
+    "info": info,
     "tests": tests,
     "compare": compare,
     "sanitize": sanitize,
@@ -326,17 +335,114 @@ PARTS: dict[str, Callable[[Pass], Iterator[Job]]] = {
     "bench-dx": bench("bench-dx", "dx"),
     "bench-models": bench_models,
 }
+FIRST = ("build", "info")  # every pass
 
 
 def run_parts(p: Pass, parts: list[str], deadline: float) -> None:
     """Run what is still to be run of some parts, as far as the time goes."""
     for part in parts:
-        for jobs in (PARTS | {"info": info})[part](p) and batches((PARTS | {"info": info})[part](p)):
+        for jobs in batches(PARTS[part](p)):
             todo = [job for job in jobs if p.wants(job)]
-            if not todo:
-                continue
-            if deadline - time.monotonic() < LEAST_SECONDS:
+            if todo and deadline - time.monotonic() < LEAST_SECONDS:
                 p.left += [job.name for job in todo]
+            elif todo:
+                for job, result in zip(todo, run(todo, p.scratch, ROOT, deadline), strict=True):
+                    p.keep(job, result)
+
+
+def rehearse(p: Pass, parts: list[str]) -> bool:
+    """Whether all commands have what they need but a GPU; says so of each."""
+    ready = True
+    for part in parts:
+        for job in PARTS[part](p):
+            if job.rehearsal is None:
                 continue
-            for job, result in zip(todo, run(todo, p.scratch, ROOT, deadline), strict=True):
-                p.keep(job, result)
+            rehearsal = job._replace(command=job.rehearsal, together=False)
+            (result,) = run([rehearsal], p.scratch, ROOT, time.monotonic() + 1800)
+            ready &= result.status == PASSED
+            told = "ready" if result.status == PASSED else f"NOT ready\n{result.output[-2000:]}"
+            print(f"{job.name:<28} {told}", flush=True)
+    return ready
+
+
+# ---------------------------------------------------------------- what is handed back
+
+
+def line(found: dict[str, Any]) -> str:
+    """What is known of a job."""
+    told = [found["status"], f"{found['seconds']:.0f} s"]
+    if "passed" in found:
+        told.append(f"{found['passed']} passed, {len(found['failed'])} failed")
+        told += [f"{count} skipped: {why}" for why, count in found["skipped"].items()]
+        told += [f"FAILED {name}" for name in found["failed"][:5]]
+    told += found.get("summary", [])
+    if "cases" in found:
+        told.append(f"{found['cases']} of {found['of']} cases")
+        told += [f"REFUSED {case}: {why}" for case, why in found["refused"].items()]
+    return "; ".join(told)
+
+
+def summary(p: Pass) -> str:
+    """The jobs, and what ours cost in the cases that count."""
+    lines = [f"{name:<28} {line(found)}" for name, found in p.results["jobs"].items()]
+    for name, document in p.results["documents"].items():
+        for record in document["cases"]:
+            if record["case"] in SHOWN and "refused" not in record:
+                taxes = ", ".join(
+                    f"{variant} {found['tax']:.3f}"
+                    for variant, found in record["variants"].items()
+                    if variant != "base"
+                )
+                lines.append(f"{name} {record['case']} {record['dtype']}: {taxes}")
+    lines.append(f"left to do: {', '.join(p.left) or 'nothing'}")
+    return "\n".join(lines)
+
+
+def write_results(p: Pass) -> None:
+    """tables.md and the plots, from what results.json holds."""
+    from moelora_ops.bench import report
+
+    documents = p.results["documents"]
+    parts = [f"# On {p.results['gpu']}\n\n```\n{summary(p)}\n```\n"]
+    parts += [f"<!-- {name} -->\n{report.markdown(found)}" for name, found in documents.items()]
+    (p.folder / "tables.md").write_text("\n".join(parts))
+    for part in {name.partition("/")[0] for name in documents}:
+        figure = report.draw_sweep(p.documents(part))
+        figure.savefig(p.folder / f"{part}.png", dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: all that was wanted has run and passed; 1: something has not."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--minutes", type=float, default=8.5, help="in which all is to be done")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER",
+        help="default: benchmarks/results/<date>-<gpu>, or in the folder that $OUT names",
+    )  # fmt: skip
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="of an earlier pass")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show that all is in place, without a GPU"
+    )
+    arguments = parser.parse_args(argv)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    above = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    folder = arguments.out or above / f"{date.today()}-{gpu()}"
+    if arguments.resume and not (arguments.resume / "results.json").exists():
+        parser.error(f"--resume: {arguments.resume} has no results.json")
+    parts = [part for part in PARTS if part in FIRST or part in arguments.parts]
+    with tempfile.TemporaryDirectory() as scratch:
+        p = Pass(folder, Path(scratch), arguments.resume)
+        if arguments.dry_run:
+            return 0 if rehearse(p, [part for part in PARTS if part in arguments.parts]) else 1
+        if not nvidia_smi("name"):
+            parser.error("there is no GPU here: --dry-run shows what would run")
+        run_parts(p, parts, deadline)
+        write_results(p)
+    print(f"\n{folder}\n{summary(p)}")
+    wrong = [name for name, found in p.results["jobs"].items() if found["status"] == FAILED]
+    return 1 if wrong or p.left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

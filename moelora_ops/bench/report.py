@@ -298,7 +298,9 @@ def draw_sweep(reports: list[dict]):
         axis.remove()
     if reports:
         torch = reports[0]["info"]["torch"]
-        title = f"layer / frozen linear, lower is better\n{_machine_name(reports[0])}, torch {torch}"
+        title = (
+            f"layer / frozen linear, lower is better\n{_machine_name(reports[0])}, torch {torch}"
+        )
         figure.suptitle(title, fontsize=10)
     return figure
 
