@@ -138,9 +138,9 @@ class BuildExtension(build_ext):
         if NVCC:
             archs = gencode()
             names = ",".join(a.rsplit("=", 1)[1] for a in archs)
-            units["bindings_cuda"] = (
-                "csrc/bindings_cuda.cpp", [*tensors, f'-DMOELORA_CUDA_ARCHS="{names}"']
-            )  # fmt: skip
+            for source in sorted(Path("csrc").glob("bindings_cuda*.cpp")):
+                command = [*tensors, f'-DMOELORA_CUDA_ARCHS="{names}"']
+                units[source.stem] = (str(source), command)
             device = [
                 NVCC, "-ccbin", shlex.split(COMPILER)[0], "-O3", "-std=c++20", "-Icsrc",
                 "-lineinfo" if debug else "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden",

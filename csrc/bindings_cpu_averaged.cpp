@@ -26,7 +26,7 @@ struct AveragedCall {
     mix.pairs = static_cast<int>(Q * e.E), mix.r = static_cast<int>(e.r);
     mix.scale = scale;
     mix.weights = read_wide(weights, x, {weights.size(0), Q * e.E}, "weights");
-    mix.row = row_map_of(row_map, weights.size(0), e.T);
+    mix.row = checked_row_map(row_map, weights.size(0), e.T);
   }
 };
 

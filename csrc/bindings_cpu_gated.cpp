@@ -24,7 +24,7 @@ struct GatedCall {
     mix.activation = static_cast<moelora::Activation>(activation);
     mix.scale = scale;
     mix.weights = read_wide(weights, x, {weights.size(0), e.E}, "weights");
-    mix.row = row_map_of(row_map, weights.size(0), e.T);
+    mix.row = checked_row_map(row_map, weights.size(0), e.T);
     if (up_bias) up.second = {read_like(up_bias, x, {e.E, e.N}, "up_bias"), e.E, e.N};
     mix.up_bias = up_bias.has_value();
     mix.dhidden_scale = dropout ? dropout->inv_keep : 1;

@@ -55,7 +55,7 @@ struct GridCall {
       STD_TORCH_CHECK(intuition->dim() == 2, "intuition: wanted 2 dimensions");
       mix.external = read_wide(intuition, x, {intuition->size(0), gates}, "intuition");
     }
-    mix.row = intuition ? row_map_of(row_map, intuition->size(0), T) : RowMap{nullptr, 1};
+    mix.row = intuition ? checked_row_map(row_map, intuition->size(0), T) : RowMap{nullptr, 1};
   }
 };
 

@@ -6,20 +6,6 @@ namespace {
 
 using namespace moelora::tensors;
 
-// Rows [R, columns] that meet the vectors of `like`.
-RowBlock block_of(const Tensor& rows, const Tensor& like) {
-  const int64_t columns = like.size(like.dim() - 1);
-  STD_TORCH_CHECK(rows.dim() == 2 && columns == rows.size(1), "rows: wanted [R, ", columns, "]");
-  return {read_like(rows, like, shape_of(rows), "rows"), rows.size(0), columns};
-}
-
-// The shape of the coefficients [..., R] of vectors [..., columns].
-std::vector<int64_t> coefficients_of(const Tensor& vectors, int64_t R) {
-  std::vector<int64_t> shape = shape_of(vectors);
-  shape.back() = R;
-  return shape;
-}
-
 Tensor shrink(const Tensor& v, const Tensor& rows) {
   const Vectors tokens = vectors_of(v, "x");
   const RowBlock block = block_of(rows, v);

@@ -41,8 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& l
   Tensor counts = call.empty({n.E}, ScalarType::Long);
   Tensor prob_sums = call.empty({n.E}, wide);
   if (n.T == 0) {
-    cuda::set_zero(data<void>(counts), n.E * sizeof(int64_t), call.stream());
-    cuda::set_zero(data<void>(prob_sums), n.E * element_size(prob_sums), call.stream());
+    set_zero(call, {&counts, &prob_sums});
     return {saved, counts, prob_sums};
   }
 
@@ -51,22 +50,16 @@ std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& l
   cuda::TopkForward mix = {};
   fill_common(mix, n, scale, renormalize, dropout, stacked);
   point_into_saved(mix, n, saved);
-  const cuda::ShrinkPlan plan = cuda::plan_shrink(
-      dtype, shrink, cuda::topk_row_bytes(dtype, mix, shrink.rows.count()), cuda::current_device());
 
   Workspace workspace;
-  const int64_t wide_size = element_size(prob_sums), ldm = cuda::padded(R);
-  const int64_t partials =
-      workspace.reserve(plan.fused ? 0 : plan.parts * n.T * (R + n.E), wide_size);
-  const int64_t mixed = workspace.reserve(n.T * ldm, element_size(x));
-  const int64_t prob_partials = workspace.reserve(plan.mix_blocks * n.E, wide_size);
+  const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix);
+  const int64_t ldm = cuda::padded(R);
+  workspace.reserve(n.T * ldm, element_size(x), &mix.mixed);
+  workspace.reserve(plan.mix_blocks * n.E, element_size(prob_sums), &mix.prob_partials);
   const int64_t count_partials = workspace.reserve(plan.mix_blocks * n.E, sizeof(int32_t));
   workspace.allocate(call);
-  shrink.partials = workspace.at(partials);
-  mix.mixed = workspace.at(mixed);
-  mix.prob_partials = workspace.at(prob_partials);
   mix.count_partials = static_cast<int32_t*>(workspace.at(count_partials));
-  cuda::launch_topk_forward(dtype, shrink, mix, plan, call.stream());
+  cuda::launch_mix(dtype, shrink, mix, plan, call.stream());
 
   cuda::Expand expand = {};
   expand.T = n.T;
@@ -104,14 +97,13 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
 
   const Call call(x);
   const moelora::DType dtype = dtype_of(x);
-  const int64_t size = element_size(x), wide_size = element_size(saved);
+  const int64_t size = element_size(x);
   const auto gradient = [&](const Tensor& t) {
     return call.empty(need_dparams ? shape_of(t) : std::vector<int64_t>{0}, t.scalar_type());
   };
   Tensor dlora_down = gradient(lora_down), dlora_up = gradient(lora_up), drouter = gradient(router);
   if (n.T == 0) {
-    for (const Tensor* t : {&dlora_down, &dlora_up, &drouter})
-      cuda::set_zero(data<void>(*t), t->numel() * size, call.stream());
+    set_zero(call, {&dlora_down, &dlora_up, &drouter});
     return {dlora_down, dlora_up, drouter};
   }
 
@@ -121,27 +113,23 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
   fill_common(mix, n, scale, renormalize, dropout, stacked);
   point_into_saved(mix, n, saved);
   mix.dprob_sums = read(dprob_sums);
-  const cuda::Device device = cuda::current_device();
-  const cuda::ShrinkPlan plan = cuda::plan_shrink(
-      dtype, shrink, cuda::topk_row_bytes(dtype, mix, shrink.rows.count()), device);
   const int64_t ldm = cuda::padded(R), ldg = cuda::padded(R + n.E);
   cuda::Outer outer = {};
   outer.T = n.T;
-  outer.products[0] = {nullptr, ldm, read(dy), dy_rows.stride, n.N, {nullptr, nullptr, R, n.r, 0},
-                       {}};
-  outer.products[1] = {nullptr, ldg, read(x), n.ldx, n.K, {nullptr, nullptr, R, n.r, n.E}, masks};
-  cuda::plan_outer(dtype, device, outer);
+  if (need_dparams) {
+    outer.products[0] = {nullptr, ldm, read(dy), dy_rows.stride, n.N, {nullptr, nullptr, R, n.r, 0},
+                         {}};
+    outer.products[1] = {nullptr, ldg, read(x), n.ldx, n.K, {nullptr, nullptr, R, n.r, n.E}, masks};
+    set_outputs(outer, saved.scalar_type(), {&dlora_up, &dlora_down, &drouter});
+  }
 
   Workspace workspace;
-  const int64_t partials = workspace.reserve(plan.fused ? 0 : plan.parts * n.T * R, wide_size);
-  const int64_t gradients = workspace.reserve(n.T * ldg, size);
-  const int64_t mixed = workspace.reserve(need_dparams ? n.T * ldm : 0, size);
-  const int64_t sums = workspace.reserve(need_dparams ? outer.parts * outer.size() : 0, wide_size);
+  const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix);
+  workspace.reserve(n.T * ldg, size, &mix.gradients);
+  workspace.reserve(need_dparams ? n.T * ldm : 0, size, &mix.mixed);
+  plan_outer(workspace, dtype, outer);
   workspace.allocate(call);
-  shrink.partials = workspace.at(partials);
-  mix.gradients = workspace.at(gradients);
-  mix.mixed = need_dparams ? workspace.at(mixed) : nullptr;
-  cuda::launch_topk_backward(dtype, shrink, mix, plan, call.stream());
+  cuda::launch_mix(dtype, shrink, mix, plan, call.stream());
 
   if (need_dx) {
     cuda::Expand expand = {};
@@ -156,15 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
     expand.accumulate = accumulate;
     cuda::launch_expand(dtype, expand, call.stream());
   }
-  if (need_dparams) {
-    outer.products[0].h = mix.mixed;
-    outer.products[1].h = mix.gradients;
-    outer.partials = workspace.at(sums);
-    outer.outputs[0] = {data<void>(dlora_up), dlora_up.numel()};
-    outer.outputs[1] = {data<void>(dlora_down), dlora_down.numel()};
-    outer.outputs[2] = {data<void>(drouter), drouter.numel()};
-    cuda::launch_outer(dtype, outer, call.stream());
-  }
+  outer.products[0].h = mix.mixed;
+  outer.products[1].h = mix.gradients;
+  cuda::launch_outer(dtype, outer, call.stream());
   return {dlora_down, dlora_up, drouter};
 }
 

@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <initializer_list>
+#include <utility>
+
 #include "bindings_common.h"
 #include "cuda/kernels.h"
 
@@ -77,13 +80,56 @@ class Workspace {
     bytes_ += (count * size + 15) / 16 * 16;
     return offset;
   }
-  void allocate(const Call& call) { memory_.emplace(call.empty({bytes_ / 8}, ScalarType::Double)); }
+  // The same; allocate() lets `to` point there, or nowhere if nothing is reserved.
+  void reserve(int64_t count, int64_t size, void** to) {
+    if (count == 0)
+      *to = nullptr;
+    else
+      places_.emplace_back(reserve(count, size), to);
+  }
+  void allocate(const Call& call) {
+    memory_.emplace(call.empty({bytes_ / 8}, ScalarType::Double));
+    for (const auto& [offset, to] : places_) *to = at(offset);
+  }
   void* at(int64_t offset) const { return data<char>(*memory_) + offset; }
 
  private:
   int64_t bytes_ = 0;
+  std::vector<std::pair<int64_t, void**>> places_;
   std::optional<Tensor> memory_;
 };
+
+// Plans a shrink with the mix behind it, and reserves its partial sums.
+template <class Mix>
+cuda::ShrinkPlan plan_mix(Workspace& workspace, DType dtype, cuda::Shrink& shrink, const Mix& mix) {
+  const cuda::ShrinkPlan plan =
+      cuda::plan_shrink(dtype, shrink, cuda::row_bytes(dtype, mix), cuda::current_device());
+  workspace.reserve(plan.fused ? 0 : plan.parts * shrink.T * shrink.rows.count(),
+                    dtype == DType::kFloat64 ? 8 : 4, &shrink.partials);
+  return plan;
+}
+
+// Plans the sums over tokens, and reserves their parts.
+void plan_outer(Workspace& workspace, DType dtype, cuda::Outer& outer) {
+  cuda::plan_outer(dtype, cuda::current_device(), outer);
+  workspace.reserve(outer.parts * outer.size(), dtype == DType::kFloat64 ? 8 : 4, &outer.partials);
+}
+
+// Where the sums over tokens go; tensors without elements are passed over.
+void set_outputs(cuda::Outer& outer, ScalarType wide,
+                 std::initializer_list<const Tensor*> tensors) {
+  int i = 0;
+  for (const Tensor* t : tensors)
+    if (t->numel()) outer.outputs[i++] = {data<void>(*t), t->numel(), t->scalar_type() == wide};
+}
+
+void set_zero(const Call& call, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors)
+    if (t->numel())
+      cuda::set_zero(data<void>(*t),
+                     t->numel() * (t->scalar_type() == ScalarType::Long ? 8 : element_size(*t)),
+                     call.stream());
+}
 
 cuda::Masks make_masks(const std::optional<Tensor>& seed, double p, bool per_expert) {
   if (p <= 0) return {};

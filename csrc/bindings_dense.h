@@ -3,7 +3,7 @@
 // checked here would corrupt memory.
 #pragma once
 
-#include "bindings_common.h"
+#include "bindings_dense_common.h"
 #include "cpu/scalar.h"
 
 namespace moelora::tensors {
@@ -14,9 +14,6 @@ using moelora::DenseKernels;
 using moelora::DenseOuter;
 using moelora::DenseShrink;
 using moelora::kTokenUnit;
-using moelora::RowBlock;
-using moelora::RowMap;
-using OptionalTensor = std::optional<Tensor>;
 
 // Rows of a product that one thread takes at least.
 constexpr int64_t kRowUnit = 8;
@@ -39,34 +36,6 @@ void with_accumulator(const Tensor& t, const F& f) {
   t.scalar_type() == ScalarType::Double ? f(double()) : f(float());
 }
 
-// A tensor in the accumulator type of x, contiguous and of the given shape; null if absent.
-inline const void* read_wide(const OptionalTensor& t, const Tensor& x,
-                             const std::vector<int64_t>& shape, const char* name) {
-  if (!t) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == accumulator_of(x), name, ": wanted the accumulator's dtype");
-  STD_TORCH_CHECK(shape_of(*t) == shape, name, ": has a shape that does not fit the others");
-  check_contiguous(*t, name);
-  return t->const_data_ptr();
-}
-// One that forward has saved, for structs whose pointers forward writes through.
-inline void* read_saved(const Tensor& t, const Tensor& x, const std::vector<int64_t>& shape,
-                        const char* name) {
-  return const_cast<void*>(read_wide(t, x, shape, name));
-}
-// A parameter in x's dtype, contiguous and of the given shape; null if absent.
-inline const void* read_like(const OptionalTensor& t, const Tensor& x,
-                             const std::vector<int64_t>& shape, const char* name) {
-  if (!t) return nullptr;
-  check_like(*t, x, shape, name);
-  check_contiguous(*t, name);
-  return t->const_data_ptr();
-}
-
-// Bytes of an element in the accumulator type of x.
-inline int64_t accumulator_size(const Tensor& x) {
-  return accumulator_of(x) == ScalarType::Double ? 8 : 4;
-}
-
 // Uninitialised, in the accumulator type of x.
 inline Tensor empty_wide(const std::vector<int64_t>& shape, const Tensor& x) {
   return empty(shape, accumulator_of(x));
@@ -81,39 +50,6 @@ inline Tensor gradient_like(const OptionalTensor& t, const Tensor& x, bool wante
 
 // ---------------------------------------------------------------- products
 
-// Token vectors [T, columns] that are read: x, or dy.
-struct Vectors {
-  int64_t T, columns, ld;
-  const void* at;
-};
-inline Vectors vectors_of(const Tensor& t, const char* name) {
-  const Rows rows = rows_of(t, name);
-  return {rows.count, t.size(t.dim() - 1), rows.stride, read(t)};
-}
-// Token vectors that are written in place: y, or dx.
-struct Outputs {
-  int64_t T, columns, ld;
-  void* at;
-};
-inline Outputs outputs_of(const Tensor& t, const char* name) {
-  const Rows rows = rows_of(t, name);
-  return {rows.count, t.size(t.dim() - 1), rows.stride, data<void>(t)};
-}
-// Both of a tensor that has to be as x, with another number of columns.
-inline void check_columns(const Tensor& t, const Tensor& x, int64_t columns, const char* name) {
-  std::vector<int64_t> shape = shape_of(x);
-  shape.back() = columns;
-  check_like(t, x, shape, name);
-}
-inline Vectors vectors_like(const Tensor& t, const Tensor& x, int64_t columns, const char* name) {
-  check_columns(t, x, columns, name);
-  return vectors_of(t, name);
-}
-inline Outputs outputs_like(const Tensor& t, const Tensor& x, int64_t columns, const char* name) {
-  check_columns(t, x, columns, name);
-  return outputs_of(t, name);
-}
-
 // The rows that a product meets, in one block or two.
 struct Blocks {
   RowBlock first, second{};
@@ -123,12 +59,6 @@ struct Blocks {
 inline RowBlock gradient_of(const RowBlock& block, const Tensor& gradient) {
   return {read(gradient), block.count, block.ld};
 }
-
-// What an expand adds to: the output itself, or a bias [columns] or nothing.
-struct Start {
-  const void* bias;
-  bool accumulate;
-};
 
 // h holds the coefficients [T, rows.count()]; whoever lays them out otherwise sets ldh.
 template <class V>
@@ -146,26 +76,6 @@ inline DenseExpand expand_of(const Outputs& y, const Blocks& rows, void* h, cons
 inline DenseOuter outer_of(const Vectors& v, const Blocks& rows, void* h,
                            const Dropout* dropout = nullptr) {
   return {product_of(v, rows, h, dropout), v.at, v.ld};
-}
-
-// The experts of one call: x [T, K], lora_down [E, r, K], lora_up [E, r, N].
-struct Experts {
-  const Tensor &x, &lora_down, &lora_up;
-  int64_t T{}, K{}, N{}, E{}, r{};
-  Vectors tokens{};       // x
-  RowBlock down{}, up{};  // E r rows each
-};
-inline Experts experts_of(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up) {
-  STD_TORCH_CHECK(lora_down.dim() == 3 && lora_up.dim() == 3,
-                  "lora_down, lora_up: wanted 3 dimensions");
-  Experts e{x, lora_down, lora_up};
-  e.tokens = vectors_of(x, "x");
-  e.T = e.tokens.T, e.K = lora_down.size(2), e.N = lora_up.size(2);
-  e.E = lora_down.size(0), e.r = lora_down.size(1);
-  STD_TORCH_CHECK(e.tokens.columns == e.K, "x: wanted last dimension ", e.K);
-  e.down = {read_like(lora_down, x, {e.E, e.r, e.K}, "lora_down"), e.E * e.r, e.K};
-  e.up = {read_like(lora_up, x, {e.E, e.r, e.N}, "lora_up"), e.E * e.r, e.N};
-  return e;
 }
 
 // ---------------------------------------------------------------- running
@@ -212,21 +122,13 @@ void run_backward(const Tensor& x, MixKernels<Mix> DenseKernels::*mix_kernels, c
 
 // ---------------------------------------------------------------- tables of weights
 
-// A table [rows, columns] and which of its rows a token reads.
-inline RowMap row_map_of(const OptionalTensor& map, int64_t rows, int64_t T) {
-  if (!map) {
-    STD_TORCH_CHECK(T == 0 || (rows > 0 && T % rows == 0),
-                    "weights: wanted a number of rows that divides the tokens, or a row_map");
-    return {nullptr, T == 0 ? 1 : T / rows};
-  }
-  STD_TORCH_CHECK(map->scalar_type() == ScalarType::Int && map->numel() == T,
-                  "row_map: wanted one int32 per token");
-  check_contiguous(*map, "row_map");
-  const int32_t* index = static_cast<const int32_t*>(map->const_data_ptr());
-  for (int64_t t = 0; t < T; ++t)
-    STD_TORCH_CHECK(0 <= index[t] && index[t] < rows, "row_map: wanted values in [0, ", rows,
-                    "), got ", index[t], " at ", t);
-  return {index, 1};
+// row_map_of, with the map's values checked.
+inline RowMap checked_row_map(const OptionalTensor& map, int64_t rows, int64_t T) {
+  const RowMap row = row_map_of(map, rows, T);
+  for (int64_t t = 0; row.map && t < T; ++t)
+    STD_TORCH_CHECK(0 <= row(t) && row(t) < rows, "row_map: wanted values in [0, ", rows, "), got ",
+                    row(t), " at ", t);
+  return row;
 }
 
 // dweights [rows, n] from each token's share [T, n], in the order of the tokens.

@@ -1,5 +1,8 @@
 """Every test starts from the same random state, so that a failure can be repeated."""
 
+import hashlib
+import subprocess
+
 import devices
 import pytest
 import torch
@@ -36,3 +39,20 @@ def backend(request):
     moelora_ops.set_default_backend(request.param)
     yield request.param
     moelora_ops.set_default_backend(None)
+
+
+@pytest.fixture(scope="session")
+def cuda_library(request):
+    """The CUDA back end for the emulator, built once for the sources as they are."""
+    from tools.gpu_emulator import cuda_runtime
+
+    compiler = subprocess.run(["nvcc", "--version"], check=True, capture_output=True).stdout
+    contents = b"".join(path.read_bytes() for path in cuda_runtime.sources())
+    key = hashlib.sha256(compiler + torch.__version__.encode() + contents).hexdigest()[:16]
+    place = request.config.cache.mkdir("cuda_emulated") / key
+    if not place.exists():
+        building = place.with_suffix(".building")
+        building.mkdir(exist_ok=True)
+        cuda_runtime.build(building)
+        building.rename(place)
+    return cuda_runtime.Library(place)

@@ -4,11 +4,7 @@ Every launch goes through the package's own bindings and host launchers, and eve
 allocate is filled with NaN first.
 """
 
-import contextlib
-import functools
-import hashlib
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,79 +13,33 @@ import devices
 import pytest
 import torch
 from cases import Shape, make_inputs, run
+from cuda_gpu import make_gpu, names, needs_nvcc
 
 from moelora_ops import functional, ops, use_backend
 from moelora_ops.backends import extension
 from moelora_ops.reference import keep_mask
-from tools.gpu_emulator import cuda_runtime
 
 try:
     import triton
 except ImportError:
     triton = None
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+pytestmark = needs_nvcc
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SEED = torch.tensor([0x1234567890ABCDE])
 cuda_ops = ops.of("cuda")
 
 
-@pytest.fixture(scope="session")
-def library(request):
-    """Built once for the sources as they are."""
-    compiler = subprocess.run(["nvcc", "--version"], check=True, capture_output=True).stdout
-    contents = b"".join(path.read_bytes() for path in cuda_runtime.sources())
-    key = hashlib.sha256(compiler + torch.__version__.encode() + contents).hexdigest()[:16]
-    place = request.config.cache.mkdir("cuda_emulated") / key
-    if not place.exists():
-        building = place.with_suffix(".building")
-        building.mkdir(exist_ok=True)
-        cuda_runtime.build(building)
-        building.rename(place)
-    return cuda_runtime.Library(place)
-
-
 @pytest.fixture
 def gpu(request):
-    """Makes a GPU, emulated unless pytest was told ``--gpu``: the cuda back end takes CPU tensors.
-
-    This machine's own has the architecture and the multiprocessors that it has, and no records.
-    """
-    if devices.real:
-        devices.skip_unless_it_runs("cuda")
-        make = this_gpu
-    else:
-        library = request.getfixturevalue("library")
-        make = functools.partial(emulated_gpu, library)
+    """Makes a GPU; the cuda back end takes CPU tensors meanwhile."""
     with devices.on_cpu_tensors("cuda"):
-        yield make
-
-
-def emulated_gpu(library, arch="80", multiprocessors=132, **options):
-    return cuda_runtime.emulated_cuda(library, arch, multiprocessors=multiprocessors, **options)
-
-
-@contextlib.contextmanager
-def this_gpu(arch="80", multiprocessors=132, **options):
-    if options:
-        pytest.skip(f"a real device has its own {', '.join(options)}")
-    with devices.carried("cuda"):
-        yield ThisGpu()
-
-
-class ThisGpu:
-    @property
-    def launches(self):
-        pytest.skip("the emulator alone records launches")
+        yield make_gpu(request)
 
 
 def normal(*shape, dtype=F32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def names(device):
-    return [launch.name.removesuffix("_kernel") for launch in device.launches]
 
 
 # ---------------------------------------------------------------- topk
@@ -318,7 +268,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin" if triton else None
 
 
 @pytest.fixture(scope="session")
-def binaries(library):
+def binaries(cuda_library):
     """arch -> source -> ptxas' report and the machine code, from the PTX that the tests execute."""
 
     def compile(path, arch):
@@ -333,7 +283,7 @@ def binaries(library):
         return report.read_text(), target
 
     return {
-        arch: {path.name.split(".")[0]: compile(path, arch) for path in library.ptx(arch)}
+        arch: {path.name.split(".")[0]: compile(path, arch) for path in cuda_library.ptx(arch)}
         for arch in ("80", "90a")
     }
 

@@ -14,8 +14,8 @@ import mixes
 import pytest
 import torch
 from cases import Shape
+from cuda_gpu import emulated_gpu, this_gpu
 from mixes import MIXES
-from test_cuda import emulated_gpu, library, this_gpu  # noqa: F401 (a fixture is found by name)
 from triton_gpu import gpu as triton_gpu
 
 from moelora_ops import functional, nn, use_backend
@@ -302,7 +302,7 @@ def both(kernels, request):
     """The emulated device and this one."""
     if kernels == "triton":
         return triton_gpu(90, real=False), triton_gpu(90, real=True)
-    return emulated_gpu(request.getfixturevalue("library"), "90a"), this_gpu()
+    return emulated_gpu(request.getfixturevalue("cuda_library"), "90a"), this_gpu()
 
 
 @pytest.mark.parametrize(

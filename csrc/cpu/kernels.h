@@ -13,6 +13,7 @@
 #include "mix/grid.h"
 #include "mix/output_gate.h"
 #include "mix/philox.h"
+#include "mix/row_map.h"
 
 namespace moelora {
 
@@ -103,13 +104,6 @@ struct DenseExpand : Dense {  // y[t] (+)= dropout mask ⊙ Σ_j h[t, j] row_j; 
 struct DenseOuter : Dense {  // row_j[c] = Σ_t h[t, j] dropout mask ⊙ v_t[c]; blocks are written
   const void* v;             // [T, C], ldv
   int64_t ldv;
-};
-
-// Which row of a table of weights a token reads.
-struct RowMap {
-  const int32_t* map;      // [T], or null: tokens in equal runs
-  int64_t tokens_per_row;  // length of a run
-  int64_t operator()(int64_t t) const { return map ? map[t] : t / tokens_per_row; }
 };
 
 // The mixes of T tokens in rank space.  A: accumulator type of the tensors.  hidden and, backward,

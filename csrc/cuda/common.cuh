@@ -91,40 +91,40 @@ __device__ __forceinline__ void copy_rows(T* tile, int pitch, int rows, int widt
   }
 }
 
-// Row c of the experts' rows and then the router's.
+// Row c of the experts' rows and then the others.
 template <class T>
 struct RowAddress {
-  const T *experts, *router;
+  const T *experts, *others;
   int R;
   int64_t columns;
 
   __device__ RowAddress(const Rows& rows, int64_t columns)
       : experts(static_cast<const T*>(rows.experts)),
-        router(static_cast<const T*>(rows.router)),
+        others(static_cast<const T*>(rows.others)),
         R(rows.R),
         columns(columns) {}
   __device__ bool aligned() const {
-    return aligned16(experts, columns) && aligned16(router, columns);
+    return aligned16(experts, columns) && aligned16(others, columns);
   }
   __device__ const T* operator()(int c) const {
-    return c < R ? experts + c * columns : router + (c - R) * columns;
+    return c < R ? experts + c * columns : others + (c - R) * columns;
   }
 };
 
 // ---------------------------------------------------------------- dropout
 
-// Columns of coefficients that see the same mask: all experts' or one's, and the router's none.
+// Columns of coefficients that see the same mask: all experts' or one's, and the others' none.
 struct MaskGroup {
   int begin, end;
   bool masked;
   uint32_t expert;
 };
 __device__ __forceinline__ int mask_groups(const Rows& rows, const Masks& masks) {
-  return (masks.per_expert ? rows.R / rows.r : 1) + (rows.routed ? 1 : 0);
+  return (masks.per_expert ? rows.R / rows.r : 1) + (rows.extra ? 1 : 0);
 }
 __device__ __forceinline__ MaskGroup mask_group(const Rows& rows, const Masks& masks, int i) {
   const int experts = masks.per_expert ? rows.R / rows.r : 1;
-  if (i == experts) return {rows.R, rows.R + rows.routed, false, 0};
+  if (i == experts) return {rows.R, rows.R + rows.extra, false, 0};
   if (!masks.per_expert) return {0, rows.R, masks.seed != nullptr, 0};
   return {i * rows.r, (i + 1) * rows.r, masks.seed != nullptr, static_cast<uint32_t>(i)};
 }
@@ -175,6 +175,21 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
           name);
   kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError(), name);
+}
+
+// f(i) for every element, in a grid of flat_grid(size) blocks of kFlatThreads.
+constexpr int kFlatThreads = 256;
+inline dim3 flat_grid(int64_t size) {
+  constexpr int kPerThread = 4;
+  return dim3(
+      static_cast<unsigned>((size + kFlatThreads * kPerThread - 1) / (kFlatThreads * kPerThread)));
+}
+template <class F>
+__device__ __forceinline__ void for_each_flat(int64_t size, const F& f) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
+       i += stride)
+    f(i);
 }
 
 // f(std::type_identity<T>) for the element type.

@@ -198,7 +198,25 @@ __global__ void __launch_bounds__(32 * ExpandTile<T>::kWarps, 2)
   }
 }
 
+template <class T>
+__global__ void __launch_bounds__(kFlatThreads)
+    round_kernel(const acc_t<T>* from, int64_t tokens, int columns, T* to) {
+  const int64_t ld = padded(columns);
+  for_each_flat(tokens * ld, [&](int64_t i) {
+    const int64_t c = i % ld;
+    to[i] = static_cast<T>(c < columns ? from[i / ld * columns + c] : acc_t<T>(0));
+  });
+}
+
 }  // namespace
+
+void launch_round(DType dtype, int64_t T, int columns, const void* from, void* to, void* stream) {
+  dispatch(dtype, [&](auto type) {
+    using Element = typename decltype(type)::type;
+    launch("round", round_kernel<Element>, flat_grid(T * padded(columns)), kFlatThreads, 0, stream,
+           static_cast<const acc_t<Element>*>(from), T, columns, static_cast<Element*>(to));
+  });
+}
 
 void launch_expand(DType dtype, const Expand& p, void* stream) {
   dispatch(dtype, [&](auto type) {

@@ -9,7 +9,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "mix/gated.h"
 #include "mix/host_device.h"
+#include "mix/row_map.h"
 
 namespace moelora::cuda {
 
@@ -20,16 +22,17 @@ struct Device {
 };
 Device current_device();
 
-// Skinny rows that one product meets: the experts' and, below them, the router's.
+// Skinny rows that one product meets: the experts' and, below them, others that see no dropout,
+// such as a router's, or the experts' biases.
 struct Rows {
   const void* experts;  // [R, columns], contiguous
-  const void* router;   // [routed, columns], contiguous
-  int R, r, routed;
+  const void* others;   // [extra, columns], contiguous
+  int R, r, extra;
 
-  MOELORA_HD int count() const { return R + routed; }
+  MOELORA_HD int count() const { return R + extra; }
 };
 
-// Dropout of what the experts see; the router sees all of it.
+// Dropout of what the experts see; the other rows see all of it.
 struct Masks {
   const int64_t* seed;  // [1], read on the device; null without dropout
   double p;
@@ -71,9 +74,11 @@ struct ShrinkPlan {
   int mix_tokens;  // per block of the mix
   int64_t mix_blocks;
 };
-// A pure function of shapes, dtype and device.
+// A pure function of shapes, dtype and device; of a shrink alone, which is not fused, or with a
+// mix.
 //   row_bytes  what the mix keeps of one token in shared memory
 //   throws std::runtime_error if that is more than a block can have
+ShrinkPlan plan_shrink(DType dtype, const Shrink& p, Device device);
 ShrinkPlan plan_shrink(DType dtype, const Shrink& p, int64_t row_bytes, Device device);
 
 // Column sums of the routing's statistics, which ride along with an expand.
@@ -113,31 +118,65 @@ struct OuterProduct {
 
   MOELORA_HD int64_t size() const { return rows.count() * columns; }
 };
+// out[row] = scale Σ values[t], over the tokens of each row of a table.  A row that the table does
+// not have gets nothing.
+struct TokenSums {
+  const void* values;  // [T, columns], ld
+  bool wide;           // A, not the element type
+  int64_t ld;
+  int columns;
+  int64_t rows;
+  RowMap row;
+  double scale;
+
+  MOELORA_HD int64_t size() const { return rows * columns; }
+};
 constexpr int kOuterProducts = 2;
-constexpr int kOuterOutputs = 3;
-// All parameter gradients: tokens in `parts` chunks, whose sums are added in order.
+constexpr int kTokenSums = 2;
+constexpr int kOuterOutputs = 6;
+// All gradients that are sums over tokens, in `parts` chunks of them, which are added in order.
 struct Outer {
   int64_t T;
-  OuterProduct products[kOuterProducts];
+  OuterProduct products[kOuterProducts];  // without rows: nothing to do, as without columns below
+  TokenSums sums[kTokenSums];
   int64_t chunk;   // tokens
   int parts;       // ceil(T / chunk)
-  void* partials;  // A [parts, size()]: the products, one after the other
-  // Where the sums go, in that order.
+  void* partials;  // A [parts, size()]: the products and the sums, one after the other
+  // Where they go, in that order.
   struct Output {
-    void* rows;
+    void* to;
     int64_t size;
+    bool wide;  // A, not the element type
   } outputs[kOuterOutputs];
 
-  MOELORA_HD int64_t size() const { return products[0].size() + products[1].size(); }
+  MOELORA_HD int64_t size() const {
+    return products[0].size() + products[1].size() + sums[0].size() + sums[1].size();
+  }
 };
 // Sets chunk and parts.
 void plan_outer(DType dtype, Device device, Outer& outer);
 
+// The product alone, one launch or, if parts have to be added, two: sums A [T, rows.count()].
+void launch_shrink(DType dtype, const Shrink& p, const ShrinkPlan& plan, void* sums, void* stream);
 void launch_expand(DType dtype, const Expand& p, void* stream);
 void launch_outer(DType dtype, const Outer& p, void* stream);  // two launches
+// Coefficients as expand and outer read them: from A [T, columns] to [T, padded(columns)].
+void launch_round(DType dtype, int64_t T, int columns, const void* from, void* to, void* stream);
 void set_zero(void* data, int64_t bytes, void* stream);
 
-// ---------------------------------------------------------------- the topk mix
+// ---------------------------------------------------------------- the mixes
+//
+// For the struct of each direction there are
+//   row_bytes   what the mix keeps of one token in shared memory
+//   launch_mix  a shrink and the mix of its sums, in the launches of the plan
+
+// Values that tokens read by the row: A [rows, columns].  A row that does not exist reads as NaN.
+struct Table {
+  const void* values;
+  int64_t rows;
+  int columns;
+  RowMap row;
+};
 
 struct Topk {
   int E, r, k;
@@ -160,13 +199,38 @@ struct TopkBackward : Topk {
   const void* dprob_sums;  // A [E] or null
   void* gradients;         // [T, padded(R + E)]: dH | dlogits | zeros
 };
-int64_t topk_row_bytes(DType dtype, const Topk& mix, int rows);
-
-// From x to H': one launch, or two.
-void launch_topk_forward(DType dtype, const Shrink& p, const TopkForward& mix,
-                         const ShrinkPlan& plan, void* stream);
+int64_t row_bytes(DType dtype, const TopkForward& mix);
+int64_t row_bytes(DType dtype, const TopkBackward& mix);
+// From x to H'.
+void launch_mix(DType dtype, const Shrink& p, const TopkForward& mix, const ShrinkPlan& plan,
+                void* stream);
 // From dy to the coefficients of every gradient.
-void launch_topk_backward(DType dtype, const Shrink& p, const TopkBackward& mix,
-                          const ShrinkPlan& plan, void* stream);
+void launch_mix(DType dtype, const Shrink& p, const TopkBackward& mix, const ShrinkPlan& plan,
+                void* stream);
+
+struct Gated {
+  int E, r;
+  Activation activation;
+  bool up_bias;  // mixed has E more columns
+  double scale, inv_keep;
+  Table weights;
+  void* hidden;  // A [T, R]: H before φ, with the biases
+  void* mixed;   // [T, padded(mixed_columns())]: H' and what multiplies the up biases
+
+  MOELORA_HD int mixed_columns() const { return E * (r + (up_bias ? 1 : 0)); }
+};
+struct GatedForward : Gated {
+  const void* down_bias;  // [R] or null
+};
+struct GatedBackward : Gated {  // mixed: null if not wanted
+  void* dhidden;                // [T, padded(R)] or null
+  void* dweights;               // A [T, E]: each token's share; or null
+};
+int64_t row_bytes(DType dtype, const GatedForward& mix);
+int64_t row_bytes(DType dtype, const GatedBackward& mix);
+void launch_mix(DType dtype, const Shrink& p, const GatedForward& mix, const ShrinkPlan& plan,
+                void* stream);
+void launch_mix(DType dtype, const Shrink& p, const GatedBackward& mix, const ShrinkPlan& plan,
+                void* stream);
 
 }  // namespace moelora::cuda

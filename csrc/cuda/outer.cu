@@ -1,5 +1,5 @@
-// Outer: rows_c = Σ_t h[t, c] mask ⊙ v_t, for all parameters in one launch over chunks of tokens
-// and one that adds the chunks' sums in order.
+// Outer: rows_c = Σ_t h[t, c] mask ⊙ v_t, and sums of small values, for all gradients in one launch
+// over chunks of tokens and one that adds the chunks' sums in order.
 #include "cuda/product.cuh"
 
 namespace moelora::cuda {
@@ -67,20 +67,74 @@ __device__ __forceinline__ void outer_16(
   }
 }
 
-// Grid: the tiles of both products x chunks of tokens.
+// A strip of columns of one row's sums: threads stand side by side along a token's columns, as many
+// tokens at a time as there is room for.
+constexpr int kSumColumns = 32;
+
+__host__ __device__ inline int64_t sum_blocks(const TokenSums& s) {
+  return s.rows * ceil_div(s.columns, kSumColumns);
+}
+
+//   V        type of the values
+//   shared   [blockDim.x]
+//   out      [rows, columns]
+template <class V, class A>
+__device__ __forceinline__ void sum_tokens(const TokenSums& s, int64_t block, int64_t t_begin,
+                                           int64_t t_end, A* shared, A* out) {
+  const int strips = ceil_div(s.columns, kSumColumns);
+  const int64_t row = block / strips;
+  const int c0 = static_cast<int>(block % strips) * kSumColumns;
+  const int columns = min(s.columns - c0, kSumColumns);
+  int width = 1;
+  while (width < columns) width *= 2;
+  const int column = threadIdx.x % width, lane = threadIdx.x / width;
+  const int lanes = blockDim.x / width;
+  if (!s.row.map) {
+    t_begin = max(t_begin, row * s.row.tokens_per_row);
+    t_end = min(t_end, (row + 1) * s.row.tokens_per_row);
+  }
+  const V* values = static_cast<const V*>(s.values) + c0 + column;
+  A sum = 0;
+  if (column < columns)
+    for (int64_t t = t_begin + lane; t < t_end; t += lanes)
+      if (!s.row.map || s.row.map[t] == row) sum += static_cast<A>(values[t * s.ld]);
+  shared[threadIdx.x] = sum;
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (lane < half) shared[threadIdx.x] += shared[threadIdx.x + half * width];
+  }
+  if (lane == 0 && column < columns)
+    out[row * s.columns + c0 + column] = static_cast<A>(s.scale) * shared[column];
+}
+
+// Grid: the tiles of both products and the strips of both sums x chunks of tokens.
 template <class T, bool kMasked>
 __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(const Outer p) {
   extern __shared__ __align__(16) char shared[];
   using S = OuterTile<T>;
   using A = acc_t<T>;
-  const int64_t first = S::blocks(p.products[0]);
+  const int64_t first = S::blocks(p.products[0]), both = first + S::blocks(p.products[1]);
+  const int64_t t_begin = blockIdx.y * p.chunk, t_end = min(p.T, t_begin + p.chunk);
+  if (blockIdx.x >= both) {
+    const int64_t block = blockIdx.x - both, before = sum_blocks(p.sums[0]);
+    const bool other = block >= before;
+    const TokenSums& sums = p.sums[other];
+    A* out = static_cast<A*>(p.partials) + blockIdx.y * p.size() + p.products[0].size() +
+             p.products[1].size() + (other ? p.sums[0].size() : 0);
+    const int64_t strip = block - (other ? before : 0);
+    A* lanes = reinterpret_cast<A*>(shared);
+    if (sums.wide)
+      sum_tokens<A>(sums, strip, t_begin, t_end, lanes, out);
+    else
+      sum_tokens<T>(sums, strip, t_begin, t_end, lanes, out);
+    return;
+  }
   const bool second = blockIdx.x >= first;
   const OuterProduct& product = p.products[second];
   const int64_t block = second ? blockIdx.x - first : blockIdx.x, strips = S::strips(product);
   const int64_t n0 = block % strips * S::kColumns;
   const int c0 = static_cast<int>(block / strips) * S::kRows;
   const int rows = min(product.rows.count() - c0, S::kRows);
-  const int64_t t_begin = blockIdx.y * p.chunk, t_end = min(p.T, t_begin + p.chunk);
 
   const S shape(product.ldh);
   T* stages = reinterpret_cast<T*>(shared);
@@ -149,22 +203,25 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(con
 
 // Adds the chunks' sums in order and rounds them.
 template <class T>
-__global__ void __launch_bounds__(256) add_parts_kernel(const Outer p) {
+__global__ void __launch_bounds__(kFlatThreads) add_parts_kernel(const Outer p) {
   using A = acc_t<T>;
   const A* partials = static_cast<const A*>(p.partials);
-  const int64_t size = p.size(), stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
-       i += stride) {
+  const int64_t size = p.size();
+  for_each_flat(size, [&](int64_t i) {
     A sum = 0;
     for (int part = 0; part < p.parts; ++part) sum += partials[part * size + i];
     int64_t at = i;
 #pragma unroll
-    for (int o = 0; o < kOuterOutputs; ++o) {
-      if (0 <= at && at < p.outputs[o].size)
-        static_cast<T*>(p.outputs[o].rows)[at] = static_cast<T>(sum);
-      at -= p.outputs[o].size;
+    for (const Outer::Output& out : p.outputs) {
+      if (0 <= at && at < out.size) {
+        if (out.wide)
+          static_cast<A*>(out.to)[at] = sum;
+        else
+          static_cast<T*>(out.to)[at] = static_cast<T>(sum);
+      }
+      at -= out.size;
     }
-  }
+  });
 }
 
 }  // namespace
@@ -183,19 +240,20 @@ void plan_outer(DType dtype, Device device, Outer& outer) {
 }
 
 void launch_outer(DType dtype, const Outer& p, void* stream) {
+  if (p.size() == 0) return;
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using S = OuterTile<T>;
+    constexpr int kThreads = 32 * S::kWarps;
     const bool masked = p.products[0].masks.seed || p.products[1].masks.seed;
-    const int64_t blocks = S::blocks(p.products[0]) + S::blocks(p.products[1]);
+    const int64_t blocks = S::blocks(p.products[0]) + S::blocks(p.products[1]) +
+                           sum_blocks(p.sums[0]) + sum_blocks(p.sums[1]);
     const int64_t shared =
-        std::max(S(p.products[0].ldh).shared_bytes(), S(p.products[1].ldh).shared_bytes());
+        std::max({S(p.products[0].ldh).shared_bytes(), S(p.products[1].ldh).shared_bytes(),
+                  static_cast<int64_t>(kThreads * sizeof(acc_t<T>))});
     launch("outer", masked ? outer_kernel<T, true> : outer_kernel<T, false>,
-           dim3(static_cast<unsigned>(blocks), p.parts), 32 * S::kWarps, shared, stream, p);
-    constexpr int kThreads = 256, kPerThread = 4;
-    launch("add_parts", add_parts_kernel<T>,
-           dim3(static_cast<unsigned>(ceil_div<int64_t>(p.size(), kThreads * kPerThread))),
-           kThreads, 0, stream, p);
+           dim3(static_cast<unsigned>(blocks), p.parts), kThreads, shared, stream, p);
+    launch("add_parts", add_parts_kernel<T>, flat_grid(p.size()), kFlatThreads, 0, stream, p);
   });
 }
 

@@ -1,5 +1,5 @@
 // Shrink into partial sums, and how a shrink is planned.
-#include "cuda/shrink.cuh"
+#include "cuda/mix.cuh"
 
 namespace moelora::cuda {
 namespace {
@@ -18,18 +18,24 @@ struct WritePartials {
 };
 
 template <class T>
-ShrinkPlan plan(const Shrink& p, int64_t row_bytes, Device device) {
-  using S = ShrinkTile<T>;
-  const int column_tiles = ceil_div(p.rows.count(), S::kColumns);
+ShrinkPlan plan(const Shrink& p, Device device) {
   ShrinkPlan plan = {};
   // Twice the tokens per block read the weights half as often, where blocks remain for all.
-  plan.warps = ceil_div<int64_t>(p.T, 16 * S::kMostWarps) >= device.multiprocessors ? 8 : 4;
-  const int64_t tokens = 16 * plan.warps, tiles = ceil_div(p.T, tokens);
+  plan.warps =
+      ceil_div<int64_t>(p.T, 16 * ShrinkTile<T>::kMostWarps) >= device.multiprocessors ? 8 : 4;
+  const int64_t tiles =
+      ceil_div<int64_t>(p.T, 16 * plan.warps) * ceil_div(p.rows.count(), ShrinkTile<T>::kColumns);
   // With fewer blocks than half of the multiprocessors, segments of one tile go to several.
-  const bool enough = 2 * tiles * column_tiles >= device.multiprocessors;
-  plan.parts = enough ? 1 : segments(p.columns);
-  plan.fused = enough && column_tiles == 1 && kFusable<T> && !p.masks.seed &&
-               tokens * row_bytes <= device.shared_bytes;
+  plan.parts = 2 * tiles >= device.multiprocessors ? 1 : segments(p.columns);
+  return plan;
+}
+
+template <class T>
+void plan_mix(const Shrink& p, int64_t row_bytes, Device device, ShrinkPlan& plan) {
+  const int64_t tokens = 16 * plan.warps;
+  const bool enough = 2 * ceil_div(p.T, tokens) >= device.multiprocessors;
+  plan.fused = enough && p.rows.count() <= ShrinkTile<T>::kColumns && kFusable<T> &&
+               !p.masks.seed && tokens * row_bytes <= device.shared_bytes;
   const int64_t most = std::min<int64_t>(device.shared_bytes / row_bytes, 64);
   if (most == 0)
     throw std::runtime_error("experts: E * r = " + std::to_string(p.rows.R) +
@@ -39,15 +45,31 @@ ShrinkPlan plan(const Shrink& p, int64_t row_bytes, Device device) {
                  : std::clamp<int64_t>(ceil_div<int64_t>(p.T, device.multiprocessors),
                                        std::min<int64_t>(kMixWarps, most), most));
   plan.mix_blocks = ceil_div<int64_t>(p.T, plan.mix_tokens);
-  return plan;
+}
+
+template <class A>
+__global__ void __launch_bounds__(kFlatThreads)
+    add_kernel(const A* partials, int parts, int64_t size, A* sums) {
+  for_each_flat(size, [&](int64_t i) {
+    A sum = 0;  // left to right, as a block that owns all segments
+    for (int part = 0; part < parts; ++part) sum += partials[part * size + i];
+    sums[i] = sum;
+  });
 }
 
 }  // namespace
 
-ShrinkPlan plan_shrink(DType dtype, const Shrink& p, int64_t row_bytes, Device device) {
+ShrinkPlan plan_shrink(DType dtype, const Shrink& p, Device device) {
   ShrinkPlan result;
-  dispatch(dtype,
-           [&](auto type) { result = plan<typename decltype(type)::type>(p, row_bytes, device); });
+  dispatch(dtype, [&](auto type) { result = plan<typename decltype(type)::type>(p, device); });
+  return result;
+}
+
+ShrinkPlan plan_shrink(DType dtype, const Shrink& p, int64_t row_bytes, Device device) {
+  ShrinkPlan result = plan_shrink(dtype, p, device);
+  dispatch(dtype, [&](auto type) {
+    plan_mix<typename decltype(type)::type>(p, row_bytes, device, result);
+  });
   return result;
 }
 
@@ -61,6 +83,20 @@ void launch_partials(DType dtype, const Shrink& p, const ShrinkPlan& plan, void*
     launch("shrink", kernel, shrink_grid(p.T, plan, ceil_div(p.rows.count(), S::kColumns)),
            32 * plan.warps, S::shared_bytes(plan.warps, p.rows.count()), stream, p, Finish{});
   });
+}
+
+void launch_shrink(DType dtype, const Shrink& p, const ShrinkPlan& plan, void* sums, void* stream) {
+  Shrink product = p;
+  if (plan.parts == 1) product.partials = sums;
+  launch_partials(dtype, product, plan, stream);
+  if (plan.parts == 1) return;
+  const auto add = [&](auto zero) {
+    using A = decltype(zero);
+    const int64_t size = p.T * p.rows.count();
+    launch("add", add_kernel<A>, flat_grid(size), kFlatThreads, 0, stream,
+           static_cast<const A*>(p.partials), plan.parts, size, static_cast<A*>(sums));
+  };
+  dtype == DType::kFloat64 ? add(0.0) : add(0.0f);
 }
 
 Device current_device() {

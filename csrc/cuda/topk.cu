@@ -1,6 +1,6 @@
 // The topk mix behind a shrink: of x forward, of dy backward.  The mathematics of a token is that
 // of mix/topk.h; here a thread takes a row for what is serial, and a warp a row for what is wide.
-#include "cuda/shrink.cuh"
+#include "cuda/mix.cuh"
 #include "mix/topk.h"
 
 namespace moelora::cuda {
@@ -32,14 +32,6 @@ struct Scratch {
     }
   }
 };
-
-// f(row, column) for [n, columns]: a warp a row, its lanes along it.  What depends on the column
-// alone, such as its expert, is computed once.
-template <class F>
-__device__ __forceinline__ void for_each(int n, int columns, const F& f) {
-  for (int c = lane_id(); c < columns; c += 32)
-    for (int row = warp_id(); row < n; row += blockDim.x / 32) f(row, c);
-}
 
 template <class T>
 struct ForwardMix {
@@ -168,32 +160,34 @@ struct BackwardMix {
   }
 };
 
-template <class A>
-int64_t row_bytes(const Topk& mix, int rows) {
-  return static_cast<int64_t>(odd(rows) + Scratch<A>::size(mix.E, mix.k)) * sizeof(A);
+//   rows  how many the shrink before the mix has
+int64_t bytes(DType dtype, const Topk& mix, int rows) {
+  const int64_t size = dtype == DType::kFloat64 ? 8 : 4;
+  return (odd(rows) + Scratch<float>::size(mix.E, mix.k)) * size;
 }
 
 }  // namespace
 
-int64_t topk_row_bytes(DType dtype, const Topk& mix, int rows) {
-  return dtype == DType::kFloat64 ? row_bytes<double>(mix, rows) : row_bytes<float>(mix, rows);
+int64_t row_bytes(DType dtype, const TopkForward& mix) {
+  return bytes(dtype, mix, mix.E * (mix.r + 1));
 }
+int64_t row_bytes(DType dtype, const TopkBackward& mix) { return bytes(dtype, mix, mix.E * mix.r); }
 
-void launch_topk_forward(DType dtype, const Shrink& p, const TopkForward& mix,
-                         const ShrinkPlan& plan, void* stream) {
+void launch_mix(DType dtype, const Shrink& p, const TopkForward& mix, const ShrinkPlan& plan,
+                void* stream) {
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch_shrink<T>("topk_forward", dtype, p, ForwardMix<T>{mix},
-                     topk_row_bytes(dtype, mix, p.rows.count()), plan, stream);
+    launch_behind_shrink<T>("topk_forward", dtype, p, ForwardMix<T>{mix}, row_bytes(dtype, mix),
+                            plan, stream);
   });
 }
 
-void launch_topk_backward(DType dtype, const Shrink& p, const TopkBackward& mix,
-                          const ShrinkPlan& plan, void* stream) {
+void launch_mix(DType dtype, const Shrink& p, const TopkBackward& mix, const ShrinkPlan& plan,
+                void* stream) {
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch_shrink<T>("topk_backward", dtype, p, BackwardMix<T>{mix},
-                     topk_row_bytes(dtype, mix, p.rows.count()), plan, stream);
+    launch_behind_shrink<T>("topk_backward", dtype, p, BackwardMix<T>{mix}, row_bytes(dtype, mix),
+                            plan, stream);
   });
 }
 
