@@ -70,8 +70,6 @@ def test_topk_matches_reference(kernels, shape, dtype, options):
 
 @pytest.mark.parametrize("strategy", ("stacked", "grouped"))
 def test_strategies_match_reference(kernels, strategy):
-    if (kernels, strategy) == ("triton", "grouped"):
-        pytest.skip("Triton's kernels are stacked")
     cases.assert_within_budget(
         Shape(130, 200, 136, 8, 8, 2), F32, contextlib.nullcontext, device="cuda", strategy=strategy
     )

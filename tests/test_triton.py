@@ -300,7 +300,6 @@ def test_compiles_in_one_graph():
         (6, normal(19, 136, dtype=BF16), "y"),
         (7, 9, "top_k"),
         (7, 0, "top_k"),
-        (12, False, "strategy"),
     ],
 )
 def test_operators_called_directly_do_not_leave_their_memory(position, bad, name):

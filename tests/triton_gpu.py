@@ -19,7 +19,7 @@ if not WHY_MISSING:
 
 
 @contextlib.contextmanager
-def gpu(arch=90, multiprocessors=None, execute=True, real=None):
+def gpu(arch=90, multiprocessors=None, execute=True, real=None, seed=None):
     """An NVIDIA GPU, which the Triton back end runs on: emulated, or this machine's own.
 
     Args:
@@ -27,12 +27,13 @@ def gpu(arch=90, multiprocessors=None, execute=True, real=None):
         multiprocessors: few of them, if tiles are to be chosen as for many tokens.
         execute: run the kernels; else an emulated one compiles and records them.
         real: this machine's own; by default if pytest was told ``--gpu``.
+        seed: an emulated one runs blocks and warps in an order drawn from it.
 
     Yields:
         what has ``launches``: the emulator's driver, or names and grids alone.
     """
     real = devices.real if real is None else real
-    made = _this_gpu() if real else emulated_gpu("cuda", arch, execute=execute)
+    made = _this_gpu() if real else emulated_gpu("cuda", arch, execute, seed=seed)
     with devices.on_cpu_tensors("triton"), made as device, pytest.MonkeyPatch.context() as patch:
         if multiprocessors:
             patch.setattr(launch, "arch", lambda: tiles.Arch("cuda", f"sm_{arch}", multiprocessors))

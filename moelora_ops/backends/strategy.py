@@ -7,7 +7,7 @@ times, but enough to order the paths.  A path that a back end does not have is n
 import torch
 
 # Back end -> the paths that it has.
-PATHS = {"cpu": ("stacked", "grouped"), "cuda": ("stacked",), "triton": ("stacked",)}
+PATHS = {"cpu": ("stacked", "grouped"), "cuda": ("stacked",), "triton": ("stacked", "grouped")}
 # Most tokens of the decode path.
 DECODE_TOKENS = 32
 
@@ -17,7 +17,8 @@ DEVICE_MEMORY = 4.3e12
 L2 = 5.5e12
 TENSOR_CORES = 790e12
 LAUNCH = 3e-6
-_LAUNCHES = {"stacked": 3, "grouped": 6, "decode": 2}
+# Of a forward pass; a grouped one has one for each choice beside these.
+_LAUNCHES = {"stacked": 3, "grouped": 4, "decode": 2}
 _FEATURES = 4096
 _MANY = 8192
 
@@ -29,11 +30,12 @@ def seconds(path: str, rows: int, top_k: int, tokens: int, dtype: torch.dtype) -
         path: "stacked", "grouped" or "decode".
         rows: E * r.
     """
-    size = dtype.itemsize
+    size, launches = dtype.itemsize, _LAUNCHES[path]
     if path == "grouped":
-        # x is gathered for each choice, and y written once and added to for each other one; a
-        # token's own rows are too few for arithmetic to count.
-        wide, flops = 3 * top_k - 1, 0
+        launches += top_k
+        # x is read for the router and gathered for each choice, and y written once and added to for
+        # each other one; a token's own rows are too few for arithmetic to count.
+        wide, flops = 3 * top_k, 0
     else:
         # A float32 product is six of bfloat16.
         wide, flops = 2, 4 * tokens * rows * _FEATURES * (6 if size == 4 else 1)
@@ -42,7 +44,7 @@ def seconds(path: str, rows: int, top_k: int, tokens: int, dtype: torch.dtype) -
     if path == "decode":
         # Each block of 64 columns adds eight partial sums and mixes by itself.
         work += _FEATURES // 64 * 8 * 4 * tokens * rows / L2
-    return work + _LAUNCHES[path] * LAUNCH
+    return work + launches * LAUNCH
 
 
 def is_stacked(

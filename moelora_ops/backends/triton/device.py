@@ -81,6 +81,46 @@ def padded(c, GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def segment(starts, expert, slot, exists, SLOTS: tl.constexpr, TOP_K: tl.constexpr):
+    """Where the pairs of SLOTS slots from `slot` on begin and end in ``launch.Segments.order``.
+
+    Args:
+        expert, exists: a scalar or as many as there shall be results; none exists: an empty one.
+    """
+    at = starts + expert * TOP_K + slot
+    return tl.load(at, mask=exists, other=0), tl.load(at + SLOTS, mask=exists, other=0)
+
+
+@triton.jit
+def segment_tile(
+    starts, tile, slot, SIZE, E: tl.constexpr, EP: tl.constexpr, SLOTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of all experts' segments, each of which is cut into tiles of at most SIZE pairs.
+
+    Returns:
+        The expert, which is at least E if there are no so many tiles; where the tile begins and
+        ends in ``launch.Segments.order``, int64.
+    """
+    e = tl.arange(0, EP)
+    begin, end = segment(starts, e, slot, e < E, SLOTS, TOP_K)
+    count = (end - begin + SIZE - 1) // SIZE
+    after = tl.cumsum(count, 0)
+    expert = tl.sum(tl.where(after <= tile, 1, 0), 0)
+    begin += (tile - (after - count)) * SIZE
+    end = tl.minimum(begin + SIZE, end)
+    begin = tl.sum(tl.where(e == expert, begin, 0), 0)
+    return expert, begin.to(tl.int64), tl.sum(tl.where(e == expert, end, 0), 0).to(tl.int64)
+
+
+@triton.jit
+def load_pairs(order, at, exists, TOP_K: tl.constexpr):
+    """The pairs at places of ``launch.Segments.order``, int64, and their tokens."""
+    pairs = tl.load(order + at, mask=exists, other=0).to(tl.int64)
+    return pairs, pairs // TOP_K
+
+
+@triton.jit
 def sum_runs(v, LENGTH: tl.constexpr):
     """Sums of runs of LENGTH neighbours, a power of two: [numel(v) / LENGTH].
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tiles
-from .device import chunk, in_eights, keep_mask, load_left, load_right
+from .device import chunk, in_eights, keep_mask, load_left, load_pairs, load_right
 
 
 @triton.jit
@@ -32,7 +32,8 @@ def expand_strip(
     y, stride_y, left_a, pitch_a, a, left_b, pitch_b, b, bias, seed, threshold, strip, begin, end,
     N, GROUPS: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, ROWS_B: tl.constexpr,
     BRB: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
-    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr = 1,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr = 1, order=None,
+    expert=0, TOP_K: tl.constexpr = 1,
 ):  # fmt: skip
     """A strip of BN columns of y for the tokens [begin, end), of which begin is an int64.
 
@@ -46,6 +47,8 @@ def expand_strip(
         seed: pointer to the seed of the mask on left_a @ a, one per group of rows, or None.
         threshold: see :func:`keep_mask`.
         BR, BRB: rows of a and of b that one product takes; those of a group are never mixed.
+        order: int32, pairs (``launch.Segments``); then [begin, end) are places in it, rows of
+            left_a are pairs, and `expert` is the mask's.
     """
     N = in_eights(N, WIDE)
     stride_y = in_eights(stride_y, WIDE)
@@ -69,6 +72,9 @@ def expand_strip(
     for t in range(begin, end, BT):
         rows = t + tl.arange(0, BT)
         exists = rows < end
+        rows_left = rows
+        if order is not None:
+            rows_left, rows = load_pairs(order, rows, exists, TOP_K)
         total = tl.zeros([BT, BN], tl.float32)
         if GROUPS > 1:
             for q in range(GROUPS * ((ROWS + BR - 1) // BR)):
@@ -80,14 +86,15 @@ def expand_strip(
                 total += tl.where(keep, term, 0.0)
         else:
             if ROWS <= BR:
-                left = load_left(left_a, pitch_a, rows, exists, row_a, row_a < ROWS)
+                left = load_left(left_a, pitch_a, rows_left, exists, row_a, row_a < ROWS)
                 total = tl.dot(left, rows_a, total, input_precision=PRECISION)
             else:
                 total = add_product(
-                    total, left_a, pitch_a, rows, exists, a, N, n, exists_n, ROWS, BR, PRECISION
-                )
+                    total, left_a, pitch_a, rows_left, exists, a, N, n, exists_n, ROWS, BR,
+                    PRECISION,
+                )  # fmt: skip
             if seed is not None:
-                total = tl.where(keep_mask(key, threshold, rows, first, 0, BN), total, 0.0)
+                total = tl.where(keep_mask(key, threshold, rows, first, expert, BN), total, 0.0)
         if b is not None:
             if ROWS_B <= BRB:
                 left = load_left(left_b, pitch_b, rows, exists, row_b, row_b < ROWS_B)

@@ -205,6 +205,26 @@ def table(t: Tensor, index: Tensor | None, tokens: int, columns: int, name: str)
     return RowMap(rows, index, 1)
 
 
+class Segments(NamedTuple):
+    """(token, slot) pairs, as token * k + slot, by expert, then by slot, then by token.
+
+    Attributes:
+        order: int32 ``[T * k]``, the pairs.
+        starts: int32 ``[E * k + 1]``: where in `order` those of an expert's slot begin; T * k.
+        num_experts, top_k: E and k.
+    """
+
+    order: Tensor
+    starts: Tensor
+    num_experts: int
+    top_k: int
+
+    def tiles(self, size: int, slots: int) -> int:
+        """No fewer than the segments have in tiles of `size`, each that of so many slots."""
+        pairs = self.order.numel() // self.top_k * slots
+        return pairs // size + min(self.num_experts, pairs)
+
+
 class Launch(NamedTuple):
     """A kernel launch but for the kernel.
 

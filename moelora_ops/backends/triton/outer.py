@@ -15,15 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tiles
-from .device import chunk, in_eights, keep_mask, load_left
+from .device import chunk, in_eights, keep_mask, load_left, load_pairs, segment
 
 
 @triton.jit
 def outer_block(
     wide, stride, left_a, pitch_a, out_a, left_b, pitch_b, out_b, offset, seed, threshold, block,
-    begin, end, N, ROWS: tl.constexpr, BA: tl.constexpr, ROWS_B: tl.constexpr, BB: tl.constexpr,
-    SPLITS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    begin, end, order, starts, N, ROWS: tl.constexpr, BA: tl.constexpr, ROWS_B: tl.constexpr,
+    BB: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    TOP_K: tl.constexpr, ONE_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BN columns of BA rows of out_a (and BB of out_b) over the tokens [begin, end).
 
@@ -35,6 +35,9 @@ def outer_block(
         seed: pointer to the seed of the mask on wide for out_a, one per group of ROWS, or None.
         threshold: see :func:`keep_mask`.
         block: column strips of the first BA rows, then those of the next.
+        order, starts: see ``launch.Segments``, or None.  Then each group of ROWS is an expert's,
+            rows of left_a [., ROWS] are pairs, and [begin, end) are those of the group's.
+        ONE_MASK: that of all groups.
     """
     N = in_eights(N, WIDE)
     stride = in_eights(stride, WIDE)
@@ -47,6 +50,11 @@ def outer_block(
     exists_n = n < (split + 1) * columns
     left_a += split * ROWS
     group, row_a, exists_a = chunk(q, ROWS, BA)
+    column_a = row_a
+    if order is not None:
+        column_a -= group * ROWS
+        first_pair, after = segment(starts, group, 0, True, TOP_K, TOP_K)
+        begin, end = first_pair + begin, tl.minimum(first_pair + end, after)
     row_b = q * BB + tl.arange(0, BB)
     exists_b = row_b < ROWS_B
     if seed is not None:
@@ -56,12 +64,16 @@ def outer_block(
     for t in range(begin, end, BT):
         rows = t + tl.arange(0, BT)
         exists = rows < end
+        rows_left = rows
+        if order is not None:
+            rows_left, rows = load_pairs(order, rows, exists, TOP_K)
         at = wide + rows[:, None] * stride + n[None, :]
         tile = tl.load(at, mask=exists[:, None] & exists_n[None, :], other=0.0)
-        left = load_left(left_a, pitch_a, rows, exists, row_a, exists_a)
+        left = load_left(left_a, pitch_a, rows_left, exists, column_a, exists_a)
         kept = tile
         if seed is not None:
-            kept = tl.where(keep_mask(key, threshold, rows, first, group, BN), tile, 0.0)
+            expert = 0 if ONE_MASK else group
+            kept = tl.where(keep_mask(key, threshold, rows, first, expert, BN), tile, 0.0)
         if left_b is not None:
             other = load_left(left_b, pitch_b, rows, exists, row_b, exists_b)
             sum_b = tl.dot(tile.T, other, sum_b, input_precision=PRECISION)
@@ -109,16 +121,18 @@ def sum_block(sums, offset, block, begin, end, BT: tl.constexpr, BN: tl.constexp
 
 
 @triton.jit(
-    do_not_specialize=["threshold", "T", "span", "part_size", "blocks_0", "blocks_1", "sums"]
+    do_not_specialize=["threshold", "T", "span", "part_size", "blocks_0", "blocks_1", "sums"],
+    do_not_specialize_on_alignment=["order", "starts"],
 )
 def outer_parts(
     out_0, out_0b, out_1, out_1b, wide_0, left_0, left_0b, N_0, stride_0, pitch_0, pitch_0b, wide_1,
     left_1, left_1b, N_1, stride_1, pitch_1, pitch_1b, sums, seed, threshold, T, span, part_size,
-    blocks_0, blocks_1, ROWS_0: tl.constexpr, BA_0: tl.constexpr, ROWS_0B: tl.constexpr,
-    BB_0: tl.constexpr, SPLITS_0: tl.constexpr, WIDE_0: tl.constexpr, ROWS_1: tl.constexpr,
-    BA_1: tl.constexpr, ROWS_1B: tl.constexpr, BB_1: tl.constexpr, SPLITS_1: tl.constexpr,
-    WIDE_1: tl.constexpr, BT: tl.constexpr, BN_0: tl.constexpr, BN_1: tl.constexpr,
-    SUMS: tl.constexpr, BN_SUM: tl.constexpr, PRECISION: tl.constexpr,
+    blocks_0, blocks_1, order, starts, ROWS_0: tl.constexpr, BA_0: tl.constexpr,
+    ROWS_0B:     tl.constexpr, BB_0: tl.constexpr, SPLITS_0: tl.constexpr, WIDE_0: tl.constexpr,
+    ROWS_1:     tl.constexpr, BA_1: tl.constexpr, ROWS_1B: tl.constexpr, BB_1: tl.constexpr,
+    SPLITS_1:     tl.constexpr, WIDE_1: tl.constexpr, BT: tl.constexpr, BN_0: tl.constexpr,
+    BN_1: tl.constexpr, SUMS: tl.constexpr, BN_SUM: tl.constexpr, TOP_K: tl.constexpr,
+    ONE_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See :func:`run`.  Grid: the blocks of both sides and of each of sums, parts of span tokens.
 
@@ -133,15 +147,15 @@ def outer_parts(
     if wide_0 is not None and block < blocks_0:
         outer_block(
             wide_0, stride_0, left_0, pitch_0, out_0, left_0b, pitch_0b, out_0b, offset, None,
-            threshold, block, begin, end, N_0, ROWS_0, BA_0, ROWS_0B, BB_0, SPLITS_0, BT, BN_0,
-            WIDE_0, PRECISION,
+            threshold, block, begin, end, order, starts, N_0, ROWS_0, BA_0, ROWS_0B, BB_0, SPLITS_0,
+            BT, BN_0, WIDE_0, TOP_K, ONE_MASK, PRECISION,
         )  # fmt: skip
     block -= blocks_0
     if wide_1 is not None and (block >= 0) & (block < blocks_1):
         outer_block(
             wide_1, stride_1, left_1, pitch_1, out_1, left_1b, pitch_1b, out_1b, offset, seed,
-            threshold, block, begin, end, N_1, ROWS_1, BA_1, ROWS_1B, BB_1, SPLITS_1, BT, BN_1,
-            WIDE_1, PRECISION,
+            threshold, block, begin, end, order, starts, N_1, ROWS_1, BA_1, ROWS_1B, BB_1, SPLITS_1,
+            BT, BN_1, WIDE_1, TOP_K, ONE_MASK, PRECISION,
         )  # fmt: skip
     block -= blocks_1
     for i in tl.static_range(SUMS):
@@ -189,6 +203,8 @@ class Side(NamedTuple):
         masks: on wide, for the first block.
         splits: how many equal segments wide's columns are in, each with R columns of left; neither
             masks nor a second block then.
+        segments: the tokens of each expert, for whose E gradients left is ``[T * k, r]``; no second
+            block then.  Both sides of a :func:`run` have the same.
     """
 
     wide: launch.Rows
@@ -196,12 +212,20 @@ class Side(NamedTuple):
     left_b: launch.Rows | None = None
     masks: launch.Masks = launch.NO_MASKS
     splits: int = 1
+    segments: launch.Segments | None = None
 
     @property
     def rows(self) -> tuple[int, int]:
         """R and E, which is 0 without a second block."""
         R = self.left.columns // self.splits
+        if self.segments:
+            R *= self.segments.num_experts
         return R, 0 if self.left_b is None else self.left_b.columns
+
+    @property
+    def groups(self) -> int:
+        """How many groups the first block's rows are in; one product has rows of one alone."""
+        return self.segments.num_experts if self.segments else self.masks.groups
 
     def launch(self, BA: int, BN: int) -> tuple[int, tuple, tuple]:
         """How many blocks it takes, and what :func:`outer_parts` has two of.
@@ -211,9 +235,9 @@ class Side(NamedTuple):
             BB, SPLITS and WIDE.
         """
         R, E = self.rows
-        group = R // self.masks.groups
+        group = R // self.groups
         size = tiles.rows_of_product(group, BA)
-        chunks = self.masks.groups * tiles.cdiv(group, size)
+        chunks = self.groups * tiles.cdiv(group, size)
         size_b = tiles.rows_of_product(tiles.cdiv(E, chunks), tiles.MOST_COLUMNS)
         wide, left, left_b = self.wide, self.left, self.left_b
         segment = wide.segment(self.splits)
@@ -288,8 +312,12 @@ def run(
         return [None if out is None else out.zero_() for out in results]
 
     features = sum(side.wide.columns for side in sides)
-    most_rows = max((s.rows[0] // s.masks.groups for s in sides), default=1)
-    tile = tiles.outer(T, features, most_rows, some.data.element_size(), launch.arch())
+    most_rows = max((s.rows[0] // s.groups for s in sides), default=1)
+    segments = sides[0].segments if sides else None
+    tile = tiles.outer(
+        T, features, most_rows, some.data.element_size(), launch.arch(),
+        segments.num_experts if segments else 1,
+    )  # fmt: skip
     outs, part_size = results, 0
     if tile.splits > 1:
         starts = [0]
@@ -309,8 +337,10 @@ def run(
     outer_parts[(blocks, tile.splits)](
         *outs[:4], *arguments_0, *arguments_1,
         tuple(s.arguments(out) for s, out in zip(sums, outs[4:], strict=True) if s), masks.seed,
-        masks.threshold, T, tile.span, part_size, blocks_0, blocks_1, *constants_0, *constants_1,
+        masks.threshold, T, tile.span, part_size, blocks_0, blocks_1,
+        segments and segments.order, segments and segments.starts, *constants_0, *constants_1,
         BT=tile.BT, BN_0=tile.BN, BN_1=BN_1, SUMS=len(wanted_sums), BN_SUM=SUM_COLUMNS,
+        TOP_K=segments.top_k if segments else 1, ONE_MASK=masks.groups == 1,
         PRECISION=launch.precision(some.data.dtype), **launch.options(tile.warps, tile.stages),
     )  # fmt: skip
     if tile.splits > 1:

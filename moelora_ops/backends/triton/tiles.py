@@ -194,6 +194,18 @@ def fused_shrink(
     return tile if whole and few else None
 
 
+def grouped_shrink(features: int, rank: int, itemsize: int, arch: Arch, masked: bool) -> Shrink:
+    """The tile of a shrink of an expert's own tokens, however many: one part has all features."""
+    BA, columns, BB = _columns(
+        power_of_2(rank), 0, rows_of_product(rank, MOST_COLUMNS), _most_columns(1, itemsize, arch)
+    )
+    # Experts' last tiles are half empty, so not more tokens than an asynchronous product wants.
+    return Shrink(
+        1, MOST_SEGMENTS * segment(features), columns, MASKED_ROWS if masked else 64,
+        SHRINK_STEP[itemsize], BA, BB, 4, _stages(3 if itemsize == 4 else 4, arch),
+    )  # fmt: skip
+
+
 class Mix(NamedTuple):
     """How a mix runs as a kernel of its own: tokens of a block, and its warps."""
 
@@ -284,13 +296,19 @@ class Outer(NamedTuple):
     stages: int
 
 
-def outer(tokens: int, features: int, rows: int, itemsize: int, arch: Arch) -> Outer:
-    """The tile of ``[rows, tokens] x [tokens, features]``; features of all products together."""
+def outer(
+    tokens: int, features: int, rows: int, itemsize: int, arch: Arch, experts: int = 1
+) -> Outer:
+    """The tile of ``[rows, tokens] x [tokens, features]``; features of all products together.
+
+    Args:
+        experts: how many such products there are, each of its own tokens.
+    """
     # On sm_80 the transposed tile takes registers too.
     narrow = arch.name == "sm_80"
     BT, BN = 32 if narrow or itemsize == 4 else 64, 64 if itemsize == 4 else 128
     BA = rows_of_product(rows, 64 if narrow or itemsize == 4 else MOST_COLUMNS)
-    blocks = max(cdiv(features, BN) * cdiv(rows, BA), 1)
+    blocks = max(cdiv(features, BN) * cdiv(rows, BA) * experts, 1)
     # One wave of blocks, as parts are written and read again; at most 8, none of fewer than 256
     # tokens.
     splits = max(1, min(8, round(arch.multiprocessors / blocks), tokens // 256))

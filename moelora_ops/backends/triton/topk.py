@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import ops
 from . import expand as _expand
-from . import launch, tiles
+from . import grouped, launch, tiles
 from . import outer as _outer
 from . import shrink as _shrink
 from .device import exponentials, first_columns, in_eights, padded, row_keys, sum_runs
@@ -254,8 +254,8 @@ def topk_forward(
     seed: Tensor | None, y: Tensor, top_k: int, scale: float, renormalize: bool, dropout: float,
     dropout_per_expert: bool, stacked: bool, accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``ops.topk_forward``: two launches (shrink with the mix, expand), or three."""
-    rows, out = _check(x, lora_down, lora_up, router, y, "y", top_k, stacked)
+    """``ops.topk_forward``: two launches (shrink with the mix, expand), or three; or grouped."""
+    rows, out = _check(x, lora_down, lora_up, router, y, "y", top_k)
     T, K, (E, r, _) = rows.count, rows.columns, lora_down.shape
     if bias is not None:
         launch.check_like(bias, x, (out.columns,), "bias")
@@ -264,6 +264,12 @@ def topk_forward(
     counts, prob_sums = x.new_empty((E,), dtype=torch.int64), x.new_empty((E,), dtype=_WIDE)
     if not T:
         return saved, counts.zero_(), prob_sums.zero_()
+    if not stacked:
+        grouped.forward(
+            rows, lora_down, lora_up, router, bias, out, top_k, scale * kept, renormalize, masks,
+            accumulate, saved, counts, prob_sums,
+        )  # fmt: skip
+        return saved, counts, prob_sums
 
     mixed = launch.workspace(x, T, E * r)
     constants, columns = _constants(E, r, top_k, renormalize)
@@ -306,8 +312,11 @@ def topk_backward(
     renormalize: bool, dropout: float, dropout_per_expert: bool, stacked: bool, accumulate: bool,
     need_dx: bool, need_dparams: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``ops.topk_backward``: shrink of dy with the mix (or two launches), expand, outer in two."""
-    rows, dy_rows = _check(x, lora_down, lora_up, router, dy, "dy", top_k, stacked)
+    """``ops.topk_backward``: shrink of dy with the mix (or two launches), expand, outer in two.
+
+    Or grouped.
+    """
+    rows, dy_rows = _check(x, lora_down, lora_up, router, dy, "dy", top_k)
     T, N, (E, r, _) = rows.count, dy_rows.columns, lora_up.shape
     masks, kept = launch.masks(seed, dropout, E if dropout_per_expert else 1, x)
     size = ops.topk_saved_size("triton", T, E, r, top_k, stacked)
@@ -315,6 +324,13 @@ def topk_backward(
         raise RuntimeError(f"saved: wanted {size} numbers in float32, got {list(saved.shape)}")
     if dprob_sums is not None and (dprob_sums.shape != (E,) or dprob_sums.dtype != _WIDE):
         raise RuntimeError(f"dprob_sums: wanted [{E}] in float32, got {list(dprob_sums.shape)}")
+    dx_rows = launch.rows_like(dx, x, x.shape, "dx") if need_dx else None
+    if not stacked:
+        ddown, dup, drouter = grouped.backward(
+            dy_rows, rows, lora_down, lora_up, router, saved, dprob_sums, dx_rows, top_k,
+            scale * kept, renormalize, masks, accumulate, need_dparams,
+        )  # fmt: skip
+        return tuple(map(launch.gradient, (ddown, dup, drouter), (lora_down, lora_up, router)))
 
     dhidden, dlogits = launch.workspace(x, T, E * r), launch.workspace(x, T, E)
     mixed = launch.workspace(x, T, E * r) if need_dparams else None
@@ -336,7 +352,6 @@ def topk_backward(
             BT=tile.BT, **constants, **launch.options(tile.warps, 1),
         )  # fmt: skip
     if need_dx:
-        dx_rows = launch.rows_like(dx, x, x.shape, "dx")
         _expand.run(
             dx_rows, dhidden, lora_down, dlogits, router, accumulate=accumulate, masks=masks
         )
@@ -353,7 +368,7 @@ _WIDE = torch.float32
 
 def _check(
     x: Tensor, lora_down: Tensor, lora_up: Tensor, router: Tensor, out: Tensor, name: str,
-    top_k: int, stacked: bool,
+    top_k: int,
 ) -> tuple[launch.Rows, launch.Rows]:  # fmt: skip
     """x and `out` [..., N] as rows, once everything is known to lie where the kernels reach."""
     rows = launch.experts(x, lora_down, lora_up)
@@ -361,8 +376,6 @@ def _check(
     launch.check_like(router, x, (E, K), "router")
     if not 1 <= top_k <= E:
         raise RuntimeError(f"top_k: wanted 1..{E}, got {top_k}")
-    if not stacked:
-        raise RuntimeError("strategy: the triton kernels are stacked, wanted 'stacked' or 'auto'")
     return rows, launch.rows_like(out, x, (*x.shape[:-1], N), name)
 
 

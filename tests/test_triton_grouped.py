@@ -1,0 +1,242 @@
+"""The grouped path of the Triton back end: compiled for a GPU, run by the emulator.
+
+What it computes is what test_triton.py holds the stacked path to; here are other kernels, and what
+sorting promises.
+"""
+
+import pytest
+import torch
+from cases import Shape, assert_within_budget, make_inputs, reference_run, run
+from triton_gpu import WHY_MISSING, gpu, names
+
+if WHY_MISSING:
+    pytest.skip(WHY_MISSING, allow_module_level=True)
+
+from moelora_ops import functional, ops
+from moelora_ops.backends import extension
+from moelora_ops.backends.triton import grouped
+from moelora_ops.bench import numerics
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SEED = torch.tensor([0x1234567890ABCDE])
+TOKEN = {"dropout": 0.3, "dropout_mode": "token", "seed": SEED}
+EXPERT = {"dropout": 0.3, "dropout_mode": "expert", "seed": SEED}
+triton_ops = ops.of("triton")
+
+
+# Shapes of the shared list; and a rank that takes several blocks of columns.
+@pytest.mark.parametrize(
+    ("shape", "arch", "dtype", "options"),
+    [
+        (Shape(0, 32, 48, 4, 2, 2), 90, BF16, {}),
+        (Shape(3, 1, 1, 2, 1, 1), 80, F32, {}),
+        (Shape(9, 40, 24, 128, 2, 3), 90, BF16, {"balance": True}),
+        (Shape(40, 128, 130, 3, 4, 3), 90, F16, EXPERT),
+        (Shape(64, 96, 100, 5, 16, 4), 80, BF16, TOKEN | {"balance": True}),
+        (Shape(33, 65, 70, 2, 200, 2), 90, BF16, {}),
+        (Shape(513, 17, 19, 4, 2, 2), 80, F32, {"renormalize": False, "balance": True}),
+    ],
+    ids=str,
+)
+def test_matches_reference(shape, arch, dtype, options):
+    """Output, statistics and all gradients; 513 tokens are sorted by several blocks."""
+    draws = 4 if shape.T < 64 else 1
+    assert_within_budget(shape, dtype, lambda: gpu(arch), draws, strategy="grouped", **options)
+
+
+# What the tests below share, so that its kernels are compiled once.
+STANDARD = Shape(70, 200, 136, 8, 8, 2)
+
+
+def skewed(dtype=BF16):
+    """Inputs of which every token chooses expert 5 and none expert 2."""
+    inputs = make_inputs(STANDARD, dtype)
+    inputs.x[:, 0] = 4
+    inputs.router.div_(4)[:, 0] = 0
+    inputs.router[5, 0], inputs.router[2, 0] = 1, -1
+    return inputs
+
+
+def test_all_tokens_on_one_expert_and_none_on_another():
+    inputs = skewed()
+    with gpu(90):
+        got = run(functional.mola, inputs, 2, strategy="grouped")
+    want = reference_run(inputs, 2, torch.float64)
+    plain = reference_run(inputs, 2, BF16)
+    counts = [runs.pop("counts") for runs in (got, plain, want)]
+    assert torch.equal(counts[0], counts[2])
+    assert counts[0][5] == 70 and counts[0][2] == 0
+    assert not got["dlora_down"][2].any() and not got["dlora_up"][2].any()
+    numerics.check_numerics("skewed", got, plain, want)
+
+
+def operator_arguments(inputs, accumulate=True, y=None):
+    y = torch.zeros_like(inputs.dy) if y is None else y
+    return (
+        inputs.x, inputs.lora_down, inputs.lora_up, inputs.router,
+        None if accumulate else inputs.bias, None, y, STANDARD.k, 0.5, True, 0.0, False, False,
+        accumulate,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("inputs", (make_inputs(STANDARD, BF16), skewed()), ids=("even", "skewed"))
+def test_pairs_are_sorted_by_expert_then_slot_then_token(inputs):
+    T, _, _, E, r, k = STANDARD
+    with gpu(90):
+        saved, counts, _ = triton_ops.topk_forward(*operator_arguments(inputs))
+    kept = grouped.views(saved, T, E, r, k)
+    pairs = torch.arange(T * k)
+    key = (kept.selected.long() * k + pairs % k) * T + pairs // k
+    assert torch.equal(kept.segments.order.long(), key.argsort())
+    each = torch.bincount(kept.selected.long() * k + pairs % k, minlength=E * k)
+    assert kept.segments.starts.tolist() == [0, *each.cumsum(0).tolist()]
+    assert torch.equal(each.view(E, k).sum(1), counts)
+
+
+@pytest.mark.skipif(bool(extension.why_missing()), reason=extension.why_missing())
+def test_keeps_what_the_cpu_keeps():
+    """The same choices; hidden, logits, weights and y no further off than PyTorch's would be."""
+    T, _, _, E, r, k = STANDARD
+    inputs = make_inputs(STANDARD, F32)
+    y = [torch.zeros_like(inputs.dy) for _ in range(2)]
+    with gpu(80):
+        saved, counts, _ = triton_ops.topk_forward(*operator_arguments(inputs, y=y[0]))
+    there, counts_there, _ = ops.of("cpu").topk_forward(*operator_arguments(inputs, y=y[1]))
+    got = grouped.views(saved, T, E, r, k)
+    *parts, selected = there.split((T * k * r, T * E, T * k, T * k))
+    assert torch.equal(got.selected, selected.view(torch.int32))
+    assert torch.equal(counts, counts_there)
+    all_hidden = (inputs.x @ inputs.lora_down.flatten(0, 1).T).view(T, E, r)
+    logits = inputs.x @ inputs.router.T
+    chosen = got.selected.view(T, k).long()
+    plain = [
+        all_hidden.gather(1, chosen[:, :, None].expand(T, k, r)), logits,
+        logits.gather(1, chosen).softmax(1),
+    ]  # fmt: skip
+    up = inputs.lora_up[chosen] * (0.5 * plain[2])[:, :, None, None]
+    plain.append((plain[0][:, :, None] @ up).sum((1, 2)))
+    for have, plainly, want in zip((*got[:3], y[0]), plain, (*parts, y[1]), strict=True):
+        error, limit = (
+            numerics.error(t.flatten(), want.flatten().double()) for t in (have, plainly)
+        )
+        limit = numerics.budget(limit, F32)
+        assert error.rms <= limit.rms and error.max <= limit.max
+
+
+def test_launches():
+    """Beside the base GEMM: 4 and one for each choice forward; backward, 2 and 4 at most."""
+    inputs = make_inputs(STANDARD._replace(T=600), BF16)
+    leaves = [t.requires_grad_() for t in (inputs.x, *inputs[3:6])]
+    for multiprocessors, add in ((132, ["add_gradients"]), (1, [])):
+        with gpu(90, multiprocessors, execute=False) as device:
+            y = functional.mola(
+                leaves[0], inputs.weight, None, *leaves[1:], 2, 1.0, strategy="grouped"
+            )
+            assert names(device) == [
+                "shrink_parts", "route", "sort", "shrink_segments", *["expand_segments"] * 2,
+            ]  # fmt: skip
+            device.launches.clear()
+            torch.autograd.grad(y, leaves, inputs.dy)
+            assert names(device) == [
+                "shrink_segments", "mix_backward", *["expand_segments"] * 2, "outer_parts", *add,
+                "outer_parts", *add,
+            ]  # fmt: skip
+    with gpu(90, execute=False) as device:
+        x = leaves[0].detach().requires_grad_()
+        frozen = [t.detach() for t in leaves[1:]]
+        y = functional.mola(x, inputs.weight, None, *frozen, 2, 1.0, strategy="grouped")
+        device.launches.clear()
+        torch.autograd.grad(y, x, inputs.dy)
+        assert names(device) == ["shrink_segments", "mix_backward", *["expand_segments"] * 2]
+
+
+def adapter(inputs, rows=slice(None), **options):
+    """Output, dx and the gradients of parameters of the adapter alone, for some tokens."""
+    leaves = [t.detach().requires_grad_() for t in (inputs.x[rows], *inputs[3:6])]
+    y = functional.mola(
+        leaves[0], None, None, *leaves[1:], 2, 2.0, base_output=torch.zeros_like(inputs.dy[rows]),
+        strategy="grouped", **options,
+    )  # fmt: skip
+    return y.detach(), *torch.autograd.grad(y, leaves, inputs.dy[rows])
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(90, BF16), (80, F32)], ids=str)
+def test_a_token_does_not_depend_on_its_neighbours(arch, dtype):
+    """The same bits alone and among others.
+
+    In float32 no rounding hides a sum in another order, and without renormalisation all logits are
+    summed.
+    """
+    inputs = make_inputs(STANDARD, dtype)
+    options = {"renormalize": dtype != F32}
+    with gpu(arch, 1):
+        whole = adapter(inputs, **options)[:2]
+    with gpu(arch):
+        for rows in ([7], [66, 3], list(range(70))):
+            for got, want in zip(adapter(inputs, rows, **options), whole, strict=False):
+                assert torch.equal(got, want[rows])
+
+
+def test_repeated_calls_have_the_same_bits():
+    """Whatever the order in which blocks and warps run."""
+    inputs = make_inputs(STANDARD, BF16)
+    with gpu(90):
+        want = adapter(inputs)
+    for seed in (1, 2):
+        with gpu(90, seed=seed):
+            got = adapter(inputs)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_a_token_that_is_not_finite_spoils_no_other():
+    """Its experts' gradients are NaN, as are its own rows; all else keeps its bits."""
+    inputs = make_inputs(STANDARD, BF16)
+    inputs.router[:, 5] = -1
+    with gpu(90):
+        want = adapter(inputs)
+    spoiled = inputs._replace(x=inputs.x.clone())
+    spoiled.x[3] = float("nan")
+    spoiled.x[66, 5] = float("inf")  # all logits are -inf
+    others = [t for t in range(70) if t not in (3, 66)]
+    with gpu(90):
+        got = adapter(spoiled)
+        saved, counts, _ = triton_ops.topk_forward(*operator_arguments(spoiled))
+    assert all(torch.equal(g[others], w[others]) for g, w in zip(got[:2], want, strict=False))
+    assert all(g[[3, 66]].isnan().all() for g in got[:2])
+    assert counts.sum() == 140
+    selected = grouped.views(saved, *STANDARD[:1], *STANDARD[3:]).selected.view(70, 2)
+    chosen = selected[[3, 66]].unique().tolist()
+    assert chosen == [0, 1]  # equal keys: the lowest
+    for g in got[2:4]:
+        assert g[chosen].isnan().any((1, 2)).all() and g[2:].isfinite().all()
+
+
+def test_strided_rows():
+    """Rows that are apart; what lies between those of y is left alone."""
+    inputs = make_inputs(STANDARD, BF16)
+    memory = torch.randn(70, 208).to(BF16)
+    memory[:, :200] = inputs.x
+    outputs = torch.randn(70, 144).to(BF16)
+    before, y = outputs.clone(), outputs[:, :136]
+    want = y.contiguous()
+    with gpu(90):
+        triton_ops.topk_forward(*operator_arguments(inputs, y=want))
+        triton_ops.topk_forward(*operator_arguments(inputs._replace(x=memory[:, :200]), y=y))
+    assert torch.equal(y, want) and torch.equal(outputs[:, 136:], before[:, 136:])
+    assert not torch.equal(y, before[:, :136])
+
+
+def test_opcheck():
+    inputs = make_inputs(STANDARD, BF16)
+    with gpu(90):
+        for accumulate in (True, False):
+            arguments = operator_arguments(inputs, accumulate)
+            torch.library.opcheck(triton_ops.topk_forward, arguments)
+        saved, _, prob_sums = triton_ops.topk_forward(*arguments)
+        for need_dparams in (False, True):
+            arguments = (
+                inputs.dy, *inputs[:1], *inputs[3:6], None, saved, torch.ones_like(prob_sums),
+                torch.zeros_like(inputs.x), 2, 0.5, True, 0.0, False, False, True, True,
+                need_dparams,
+            )  # fmt: skip
+            torch.library.opcheck(triton_ops.topk_backward, arguments)
