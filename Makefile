@@ -3,6 +3,7 @@
 PYTHON   ?= python3
 VENV     ?= .venv
 MAX_JOBS ?= $(shell nproc)
+WORKERS  ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 ARGS     ?=
 METHOD   ?= mola
 NAME     ?= mor1e_smollm2
@@ -21,7 +22,8 @@ CXX_FILES := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) MAX_JOBS=$(MAX_JOBS) METHOD=$(METHOD) NAME=$(NAME)"
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) MAX_JOBS=$(MAX_JOBS) WORKERS=$(WORKERS)"
+	@echo "             METHOD=$(METHOD) NAME=$(NAME)"
 	@echo "             ARGS= options for demo, example, test, bench, gpu-traffic"
 
 demo: $(VENV)/.demo $(VENV)/.model  ## fine-tune SmolLM2-135M with MoLA; plots and tables go to demo_output/
@@ -30,8 +32,9 @@ demo: $(VENV)/.demo $(VENV)/.model  ## fine-tune SmolLM2-135M with MoLA; plots a
 example: $(VENV)/.demo $(VENV)/.model  ## run examples/$(NAME).py: mor1e_smollm2 mole_compose orchmoe_tasks pemt_t5
 	$(BIN)/python examples/$(NAME).py $(ARGS)
 
+# Files are shared out to WORKERS processes, whose OpenMP threads sleep while they wait for each other.
 test: $(VENV)/.test $(VENV)/.model  ## the test suite
-	$(BIN)/pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.bench  ## microbenchmark of METHOD: mola mor1e mole orchmoe gated pemt
 	$(BIN)/python -m moelora_ops.bench $(METHOD) $(ARGS)

@@ -1,5 +1,6 @@
 """Every test starts from the same random state, so that a failure can be repeated."""
 
+import fcntl
 import hashlib
 import subprocess
 
@@ -50,9 +51,11 @@ def cuda_library(request):
     contents = b"".join(path.read_bytes() for path in cuda_runtime.sources())
     key = hashlib.sha256(compiler + torch.__version__.encode() + contents).hexdigest()[:16]
     place = request.config.cache.mkdir("cuda_emulated") / key
-    if not place.exists():
-        building = place.with_suffix(".building")
-        building.mkdir(exist_ok=True)
-        cuda_runtime.build(building)
-        building.rename(place)
+    with place.with_suffix(".lock").open("w") as lock:  # tests may run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            building = place.with_suffix(".building")
+            building.mkdir(exist_ok=True)
+            cuda_runtime.build(building)
+            building.rename(place)
     return cuda_runtime.Library(place)
