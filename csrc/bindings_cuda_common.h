@@ -115,12 +115,13 @@ void plan_outer(Workspace& workspace, DType dtype, cuda::Outer& outer) {
   workspace.reserve(outer.parts * outer.size(), dtype == DType::kFloat64 ? 8 : 4, &outer.partials);
 }
 
-// Where the sums over tokens go; tensors without elements are passed over.
+// Where the sums over tokens go; null and tensors without elements are passed over.
 void set_outputs(cuda::Outer& outer, ScalarType wide,
                  std::initializer_list<const Tensor*> tensors) {
   int i = 0;
   for (const Tensor* t : tensors)
-    if (t->numel()) outer.outputs[i++] = {data<void>(*t), t->numel(), t->scalar_type() == wide};
+    if (t && t->numel())
+      outer.outputs[i++] = {data<void>(*t), t->numel(), t->scalar_type() == wide};
 }
 
 void set_zero(const Call& call, std::initializer_list<const Tensor*> tensors) {

@@ -43,7 +43,7 @@ MOELORA_HD A activate_slope(Activation activation, A v) {
   switch (activation) {
     case Activation::kRelu: return v > 0 ? A(1) : v != v ? v : A(0);
     case Activation::kGelu: {
-      const A density = A(0.3989422804014327) * std::exp(A(-0.5) * v * v);
+      const A density = A(0.3989422804014327) * exp_nonpositive(A(-0.5) * v * v);
       return A(0.5) * (1 + std::erf(v * A(0.7071067811865476))) + v * density;
     }
     case Activation::kGeluTanh: {
@@ -53,6 +53,17 @@ MOELORA_HD A activate_slope(Activation activation, A v) {
     }
     default: return A(1);
   }
+}
+
+// dw_e = s <dH'_e, φ(H_e)> (+ s <dy, up bias e>).
+//   dmixed, hidden [r] of one expert
+//   dbias          <dy, up bias e>, or 0
+template <class A>
+MOELORA_HD A gated_dweight(Activation activation, const A* dmixed, const A* hidden, int r, A scale,
+                           A dbias) {
+  A sum = dbias;
+  for (int j = 0; j < r; ++j) sum += dmixed[j] * activate(activation, hidden[j]);
+  return scale * sum;
 }
 
 // One token.
@@ -70,7 +81,7 @@ MOELORA_HD void gated_forward_row(int E, int r, const A* hidden, const A* weight
     for (int e = 0; e < E; ++e) mixed[E * r + e] = scale * weights[e];
 }
 
-// Its backward: dH_e = s w_e dH'_e φ'(H_e), dw_e = s <dH'_e, φ(H_e)> (+ s <dy, up bias e>).
+// Its backward: dH_e = s w_e dH'_e φ'(H_e), and dw_e.
 //   dmixed   [E, r] and if with_bias [E]: gradients of mixed
 //   dhidden  [E, r] out
 //   dweights [E] out, or null
@@ -83,11 +94,9 @@ MOELORA_HD void gated_backward_row(int E, int r, const A* hidden, const A* weigh
       dhidden[j] = gate * dmixed[j] * activate_slope(activation, hidden[j]);
   }
   if (!dweights) return;
-  for (int e = 0; e < E; ++e) {
-    A sum = with_bias ? dmixed[E * r + e] : A(0);
-    for (int j = e * r; j < (e + 1) * r; ++j) sum += dmixed[j] * activate(activation, hidden[j]);
-    dweights[e] = scale * sum;
-  }
+  for (int e = 0; e < E; ++e)
+    dweights[e] = gated_dweight(activation, dmixed + e * r, hidden + e * r, r, scale,
+                                with_bias ? dmixed[E * r + e] : A(0));
 }
 
 }  // namespace moelora
