@@ -1,56 +1,34 @@
 // The grid mix on CPU tensors: MoR1E's experts, one down row times one up row each.
 
-#include <cmath>
-
 #include "bindings_dense.h"
+#include "bindings_grid.h"
 
 namespace {
 
 using namespace moelora::tensors;
 
-// The learned scalars ω = σ(100 omega) and β = σ(100 beta), and the derivative of σ(100 ·).
-double sharp_sigmoid(double v) { return 1 / (1 + std::exp(-100 * v)); }
-double sharp_sigmoid_slope(double v) { return 100 * sharp_sigmoid(v) * sharp_sigmoid(-v); }
-
-double scalar_of(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == x.scalar_type(), name,
-                  ": wanted one element of x's dtype");
+double scalar_of(const Tensor& t) {
   double value = 0;
-  with_element(dtype_of(x), [&](auto element) {
+  with_element(dtype_of(t), [&](auto element) {
     value = moelora::to_acc(*static_cast<const decltype(element)*>(t.const_data_ptr()));
   });
   return value;
 }
 
 // What both directions share.
-struct GridCall {
-  Vectors tokens;
-  int64_t T, K, N, r2, gates;
-  RowBlock down, router, up;
+struct GridCall : GridTensors {
   double omega, beta;
   moelora::Grid mix{};
 
   GridCall(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up, const Tensor& routers,
            const Tensor& raw_omega, const Tensor& raw_beta, const OptionalTensor& intuition,
            const OptionalTensor& row_map, double token_scale, double task_scale, bool diagonal)
-      : tokens(vectors_of(x, "x")), T(tokens.T) {
-    STD_TORCH_CHECK(lora_down.dim() == 2 && lora_up.dim() == 2,
-                    "lora_down, lora_up: wanted 2 dimensions");
-    const int64_t r1 = lora_down.size(0);
-    K = lora_down.size(1), r2 = lora_up.size(0), N = lora_up.size(1);
-    STD_TORCH_CHECK(r1 > 0 && r2 > 0 && (!diagonal || r1 == r2),
-                    "lora_down, lora_up: have ranks that do not fit");
-    STD_TORCH_CHECK(tokens.columns == K, "x: wanted last dimension ", K);
-    mix.shape = {static_cast<int>(r1), static_cast<int>(r2), diagonal};
-    gates = mix.shape.gates();
-    down = {read_like(lora_down, x, {r1, K}, "lora_down"), r1, K};
-    router = {read_like(routers, x, {gates, K}, "router"), gates, K};
-    up = {read_like(lora_up, x, {r2, N}, "lora_up"), r2, N};
-    omega = scalar_of(raw_omega, x, "omega");
-    beta = scalar_of(raw_beta, x, "beta");
-    mix.token_scale = token_scale * sharp_sigmoid(omega);
-    mix.task_scale = task_scale * sharp_sigmoid(-omega);
-    mix.output_scale = sharp_sigmoid(beta);
+      : GridTensors(x, lora_down, lora_up, routers, raw_omega, raw_beta, diagonal),
+        omega(scalar_of(raw_omega)),
+        beta(scalar_of(raw_beta)) {
+    mix.shape = shape;
+    const auto scales = moelora::grid_scales(omega, beta, token_scale, task_scale);
+    mix.token_scale = scales.token, mix.task_scale = scales.task, mix.output_scale = scales.output;
     if (intuition) {
       STD_TORCH_CHECK(intuition->dim() == 2, "intuition: wanted 2 dimensions");
       mix.external = read_wide(intuition, x, {intuition->size(0), gates}, "intuition");
@@ -120,10 +98,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grid_backward(
     with_element(dtype_of(x), [&](auto element) {
       using T = decltype(element);
       using A = moelora::acc_t<T>;
-      const double slope = sharp_sigmoid_slope(c.omega);
+      const moelora::GridScales<double> d = {sums[0], sums[1], sums[2]};
       *data<T>(domega) = moelora::from_acc<T>(
-          static_cast<A>(slope * (token_scale * sums[0] - task_scale * sums[1])));
-      *data<T>(dbeta) = moelora::from_acc<T>(static_cast<A>(sharp_sigmoid_slope(c.beta) * sums[2]));
+          static_cast<A>(moelora::grid_domega(c.omega, token_scale, task_scale, d)));
+      *data<T>(dbeta) = moelora::from_acc<T>(static_cast<A>(moelora::grid_dbeta(c.beta, d)));
     });
   }
   Tensor dintuition = need_dintuition ? sum_rows(shares, c.mix.row, intuition->size(0)) : shares;

@@ -52,6 +52,15 @@ def on_backends(**cases):
             ("gated", "dropout", MANY, 80, F32, None),
             ("gated", "map-relu", SMALL, 80, F64, None),
             ("gated", "gelu_tanh-biases", SMALL, 80, F64, 1),
+            ("grid", "token", NO_TOKENS, 90, BF16, None),
+            ("grid", "token", DECODE, 90, BF16, None),
+            ("grid", "map", STANDARD, 90, BF16, 1),
+            ("grid", "bare", STANDARD, 80, F16, None),
+            ("grid", "rank1-sequence", STANDARD, 90, BF16, None),
+            ("grid", "sequence", LONG, 80, F32, None),
+            ("grid", "token", EXPERTS, 80, F16, None),
+            ("grid", "map", SMALL, 80, F64, None),
+            ("grid", "rank1", SMALL, 80, F64, 1),
         ],
         triton=[
             ("gated", "token", NO_TOKENS, 90, BF16, None),
@@ -122,6 +131,8 @@ CUDA_FUSED = ["shrink", "expand", "shrink", "expand", "outer", "add_parts"]
         cuda=[
             ("gated", "map-relu", 132, CUDA_SPLIT),
             ("gated", "map-relu", 1, CUDA_FUSED),
+            ("grid", "map", 132, CUDA_SPLIT),
+            ("grid", "map", 1, CUDA_FUSED),
         ],
         triton=[
             ("gated", "map-relu", 132, [*SPLIT, "outer_parts"]),
@@ -158,7 +169,7 @@ def adapter(name, inputs, rows):
 @pytest.mark.parametrize(
     ("backend", "name", "variant"),
     on_backends(
-        cuda=[("gated", "map-relu")],
+        cuda=[("gated", "map-relu"), ("grid", "map")],
         triton=[
             ("gated", "map-relu"), ("averaged", "map"), ("grid", "map"), ("output_gate", "l2"),
         ],
@@ -197,7 +208,7 @@ def test_a_token_does_not_depend_on_its_sequence(gpu):
 @pytest.mark.parametrize(
     ("backend", "name", "variant"),
     on_backends(
-        cuda=[("gated", "map-relu")],
+        cuda=[("gated", "map-relu"), ("grid", "map")],
         triton=[
             ("gated", "map-relu"), ("averaged", "map"), ("grid", "map"),
             ("output_gate", "masked-input"),
@@ -235,6 +246,8 @@ CUDA_WEIGHTS_ALONE = ["shrink", "mix", "outer", "add_parts"]
         cuda=[
             ("gated", "gelu_tanh-biases", "weights", CUDA_WEIGHTS_ALONE),
             ("gated", "token", "weights", ["shrink", "mix"]),
+            ("grid", "map", "intuition", CUDA_WEIGHTS_ALONE),
+            ("grid", "token", "intuition", ["shrink", "mix"]),
         ],
         triton=[
             ("gated", "gelu_tanh-biases", "weights", WEIGHTS_ALONE),
@@ -309,6 +322,8 @@ def calls_of(gpu, backend, name, variant, lead=(20,)):
 class KnownMemory(TorchDispatchMode):
     """Tells the emulator of the memory that an operator is called with by someone else."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, device):
         super().__init__()
         self.take = getattr(device, "take", None)
@@ -322,7 +337,7 @@ class KnownMemory(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("backend", "name", "variant", "lead"),
     on_backends(
-        cuda=[("gated", "map-relu", (20,))],
+        cuda=[("gated", "map-relu", (20,)), ("grid", "map", (20,)), ("grid", "rank1", (20,))],
         triton=[
             ("gated", "map-relu", (20,)),
             ("averaged", "map", (20,)),
@@ -349,7 +364,7 @@ ROW_MAP = {"gated_forward": 6, "averaged_forward": 4, "grid_forward": 7}
 @pytest.mark.parametrize(
     ("backend", "name", "variant"),
     on_backends(
-        cuda=[("gated", "map-relu")],
+        cuda=[("gated", "map-relu"), ("grid", "map")],
         triton=[("gated", "map-relu"), ("averaged", "map"), ("grid", "map")],
     ),
 )
@@ -373,7 +388,7 @@ def test_a_row_that_does_not_exist_reads_as_nan(gpu, backend, name, variant):
 
 
 # What would make a kernel read or write out of bounds, and the argument that the error names.
-CUDA_MIXES = ("gated",)
+CUDA_MIXES = ("gated", "grid")
 BAD_ARGUMENTS = [
     ("gated_forward", "map-relu", 0, torch.zeros(20, 199, dtype=BF16), "x"),
     ("gated_forward", "map-relu", 1, torch.zeros(8, 7, 200, dtype=BF16), "lora_up"),

@@ -10,6 +10,7 @@
 
 #include "dtype.h"
 #include "mix/gated.h"
+#include "mix/grid.h"
 #include "mix/host_device.h"
 #include "mix/row_map.h"
 
@@ -231,6 +232,29 @@ int64_t row_bytes(DType dtype, const GatedBackward& mix);
 void launch_mix(DType dtype, const Shrink& p, const GatedForward& mix, const ShrinkPlan& plan,
                 void* stream);
 void launch_mix(DType dtype, const Shrink& p, const GatedBackward& mix, const ShrinkPlan& plan,
+                void* stream);
+
+struct Grid {
+  GridShape shape;
+  const void *omega, *beta;  // [1], before σ(100 ·)
+  double token_scale, task_scale;
+  Table intuition;  // without values: none
+  void* hidden;     // A [T, hidden_columns()]: hidden, logits
+  void* mixed;      // [T, padded(r2)]: H'
+
+  MOELORA_HD int hidden_columns() const { return shape.r1 + shape.gates(); }
+};
+struct GridForward : Grid {};
+struct GridBackward : Grid {  // mixed: null if not wanted
+  void* dhidden;              // [T, padded(hidden_columns())] or null
+  void* dscalars;             // A [T, 2]: each token's share of domega and dbeta; or null
+  void* dintuition;           // A [T, gates]: each token's share; or null
+};
+int64_t row_bytes(DType dtype, const GridForward& mix);
+int64_t row_bytes(DType dtype, const GridBackward& mix);
+void launch_mix(DType dtype, const Shrink& p, const GridForward& mix, const ShrinkPlan& plan,
+                void* stream);
+void launch_mix(DType dtype, const Shrink& p, const GridBackward& mix, const ShrinkPlan& plan,
                 void* stream);
 
 }  // namespace moelora::cuda

@@ -1,4 +1,5 @@
-// exp for the softmax: branch-free so that loops over it vectorise, one source for CPU and CUDA.
+// exp for the softmax: branch-free so that loops over it vectorise, one source for CPU and CUDA;
+// and the logistic function.
 #pragma once
 
 #include <cmath>
@@ -33,5 +34,12 @@ MOELORA_HD float exp_nonpositive(float x) {
 }
 
 MOELORA_HD double exp_nonpositive(double x) { return exp(x); }
+
+// 1 / (1 + exp(-v)), without overflow on either side.
+template <class A>
+MOELORA_HD A logistic(A v) {
+  const A small = exp_nonpositive(v < 0 ? v : -v);  // NaN takes the second and stays
+  return (v < 0 ? small : A(1)) / (1 + small);
+}
 
 }  // namespace moelora

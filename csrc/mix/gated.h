@@ -14,13 +14,6 @@ namespace moelora {
 enum class Activation : int32_t { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 constexpr int kActivations = 4;
 
-// 1 / (1 + exp(-v)), without overflow on either side.
-template <class A>
-MOELORA_HD A logistic(A v) {
-  const A small = exp_nonpositive(v < 0 ? v : -v);  // NaN takes the second and stays
-  return (v < 0 ? small : A(1)) / (1 + small);
-}
-
 // gelu with the tanh approximation is v σ(2u), u = √(2/π) (v + 0.044715 v³).
 template <class A>
 MOELORA_HD A gelu_tanh_argument(A v) {

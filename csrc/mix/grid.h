@@ -19,11 +19,35 @@ struct GridScales {
   A token, task, output;
 };
 
+// The learned scalars are omega and beta before σ(100 ·).
+template <class A>
+MOELORA_HD A sharp_sigmoid(A v) {
+  return logistic(100 * v);
+}
+template <class A>
+MOELORA_HD A sharp_sigmoid_slope(A v) {
+  return 100 * sharp_sigmoid(v) * sharp_sigmoid(-v);
+}
+template <class A>
+MOELORA_HD GridScales<A> grid_scales(A omega, A beta, A token_scale, A task_scale) {
+  return {token_scale * sharp_sigmoid(omega), task_scale * sharp_sigmoid(-omega),
+          sharp_sigmoid(beta)};
+}
+// Gradients of omega and beta from those of the scales.
+template <class A>
+MOELORA_HD A grid_domega(A omega, A token_scale, A task_scale, GridScales<A> d) {
+  return sharp_sigmoid_slope(omega) * (token_scale * d.token - task_scale * d.task);
+}
+template <class A>
+MOELORA_HD A grid_dbeta(A beta, GridScales<A> d) {
+  return sharp_sigmoid_slope(beta) * d.output;
+}
+
 // One token.
 //   hidden   [r1]
 //   logits   [gates]
 //   external [gates], or null for zero
-//   gate     [gates] out: G, and where softmax leaves its result first
+//   gate     [gates] out: G, and where softmax leaves its result first; may be logits
 //   mixed    [r2] out: H'
 template <class A>
 MOELORA_HD void grid_forward_row(GridShape shape, const A* hidden, const A* logits,
@@ -45,11 +69,11 @@ MOELORA_HD void grid_forward_row(GridShape shape, const A* hidden, const A* logi
 // Its backward: dG_ij = s H_i dH'_j, dH_i = s Σ_j G_ij dH'_j, and through G to logits, external and
 // the three scales.
 //   dmixed   [r2]
-//   dhidden  [r1] out
-//   dlogits  [gates] out
+//   dhidden  [r1] out; may be hidden
+//   dlogits  [gates] out; may be logits
 //   mixed    [r2] out: H' again
 //   dscales  out: this token's share
-//   dexternal [gates] out, or null
+//   dexternal [gates] out, or null; may be external
 //   probs, dgate [gates] scratch
 template <class A>
 MOELORA_HD void grid_backward_row(GridShape shape, const A* hidden, const A* logits,
