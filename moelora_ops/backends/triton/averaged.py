@@ -290,13 +290,13 @@ def outer_sequences(
         wide, left, _, N, stride, pitch, _ = side_0
         outer_block(
             wide, stride, left, pitch, out_0, None, 0, None, slot * N, None, 0, block, begin, end,
-            N, ROWS, BA, 0, 16, 1, BT, BN, WIDE_0, PRECISION,
+            None, None, N, ROWS, BA, 0, 16, 1, BT, BN, WIDE_0, 0, False, PRECISION,
         )  # fmt: skip
     else:
         wide, left, _, N, stride, pitch, _ = side_1
         outer_block(
             wide, stride, left, pitch, out_1, None, 0, None, slot * N, None, 0, block - blocks_0,
-            begin, end, N, ROWS, BA, 0, 16, 1, BT, BN, WIDE_1, PRECISION,
+            begin, end, None, None, N, ROWS, BA, 0, 16, 1, BT, BN, WIDE_1, 0, False, PRECISION,
         )  # fmt: skip
 
 
