@@ -121,9 +121,10 @@ def test_matches_reference(gpu, name, variant, size, arch, dtype, multiprocessor
     assert len(launched[0]) <= (8 if torch.Size(size.lead).numel() else 0)
 
 
-SPLIT = ["shrink_parts", "mix", "expand_rows", "shrink_parts", "mix_backward", "expand_rows"]
+FEW = ["shrink_parts", "mix_and_expand", "shrink_parts", "mix_backward", "expand_rows"]
 FUSED = ["shrink_and_mix", "expand_rows", "shrink_and_mix_backward", "expand_rows"]
 MERGED = ["merge", "shrink_sequences", "expand_sequences"]
+FEW_MERGED = ["merge_and_shrink", "merge_and_expand"]
 CUDA_SPLIT = ["shrink", "mix", "expand", "shrink", "mix", "expand", "outer", "add_parts"]
 CUDA_FUSED = ["shrink", "expand", "shrink", "expand", "outer", "add_parts"]
 
@@ -138,19 +139,38 @@ CUDA_FUSED = ["shrink", "expand", "shrink", "expand", "outer", "add_parts"]
             ("grid", "map", 1, CUDA_FUSED),
         ],
         triton=[
-            ("gated", "map-relu", 132, [*SPLIT, "outer_parts"]),
+            ("gated", "map-relu", 132, [*FEW, "outer_parts"]),
             ("gated", "map-relu", 1, [*FUSED, "outer_parts"]),
-            ("averaged", "map", 132, [*SPLIT, "outer_parts"]),
-            ("averaged", "splits-sequence", 132, [*MERGED, *MERGED, "outer_sequences", "unmerge"]),
-            ("grid", "map", 132, [*SPLIT, "outer_parts"]),
-            ("output_gate", "l2", 132, [*SPLIT, "outer_parts"]),
+            ("averaged", "map", 132, [*FEW, "outer_parts"]),
+            (
+                "averaged", "splits-sequence", 132,
+                [*FEW_MERGED, *MERGED, "outer_sequences", "unmerge"],
+            ),
+            ("grid", "map", 132, [*FEW, "outer_parts"]),
+            ("output_gate", "l2", 132, [*FEW, "outer_parts"]),
         ],
     ),
-)
+)  # fmt: skip
 def test_launches(gpu, name, variant, multiprocessors, want):
     inputs = make_inputs(name, variant, STANDARD._replace(lead=(3, 4)), BF16)
     with gpu(90, multiprocessors) as device:
         run(MIXES[name].function, inputs)
+    assert names(device) == want
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "variant", "size", "want"),
+    on_backends(
+        triton=[
+            ("gated", "token", EXPERTS._replace(K=200), ["shrink_parts", "mix", "expand_rows"]),
+            ("averaged", "sequence", HIGHEST_RANK._replace(lead=(1, 20)), MERGED),
+        ]
+    ),
+)
+def test_few_tokens_that_a_block_cannot_hold(gpu, name, variant, size, want):
+    inputs = make_inputs(name, variant, size, BF16)
+    with gpu(90) as device:
+        MIXES[name].function(**inputs.tensors, **inputs.options)
     assert names(device) == want
 
 
@@ -184,25 +204,32 @@ def test_a_token_does_not_depend_on_its_neighbours(gpu, backend, name, variant):
     with gpu(90):
         whole = adapter(name, inputs, list(range(70)))
     for multiprocessors in (132,) if (backend, name) == ("triton", "averaged") else (132, 1):
-        with gpu(90, multiprocessors):
-            for rows in ([7], [66, 3], list(range(70))):
+        with gpu(90, multiprocessors) as device:
+            for rows in ([7], [66, 3, *range(8, 38)], list(range(70))):
+                device.launches.clear()
                 for got, want in zip(adapter(name, inputs, rows), whole, strict=True):
                     assert torch.equal(got, want[rows])
+                if backend == "triton" and names(device)[0] == "shrink_parts":
+                    few = len(rows) <= 32
+                    assert names(device)[1] == ("mix_and_expand" if few else "mix")
 
 
 @pytest.mark.parametrize("backend", ("triton",))
 def test_a_token_does_not_depend_on_its_sequence(gpu):
     """Merged factors: the same bits in a shorter sequence, and beside fewer."""
     inputs = make_inputs("averaged", "splits-sequence", STANDARD, BF16)
-    with gpu(90):
+    with gpu(90) as device:
         whole = adapter("averaged", inputs, [0, 1])
-        short = inputs._replace(
-            tensors=inputs.tensors | {"x": inputs.tensors["x"][:, :20].contiguous()},
-            dy=inputs.dy[:, :20].contiguous(),
-        )
-        for rows in ([1], [1, 0]):
+        for rows, length in (([1], 1), ([1, 0], 16), ([1, 0], 20)):
+            short = inputs._replace(
+                tensors=inputs.tensors | {"x": inputs.tensors["x"][:, :length].contiguous()},
+                dy=inputs.dy[:, :length].contiguous(),
+            )
+            device.launches.clear()
             for got, want in zip(adapter("averaged", short, rows), whole, strict=True):
-                assert torch.equal(got, want[rows, :20])
+                assert torch.equal(got, want[rows, :length])
+            few = len(rows) * length <= 32
+            assert names(device)[:2] == (FEW_MERGED if few else MERGED[:2])
 
 
 # ---------------------------------------------------------------- shared weights

@@ -9,7 +9,6 @@ from triton_gpu import WHY_MISSING
 if WHY_MISSING:
     pytest.skip(WHY_MISSING, allow_module_level=True)
 
-from moelora_ops.backends.strategy import PATHS
 from moelora_ops.backends.triton import tiles
 from tools.gpu_traffic import model, report
 from tools.gpu_traffic.accounts import account
@@ -82,13 +81,17 @@ def test_budgets(direction, train):
     assert f.distinct <= report.MOST_DISTINCT * f.least
 
 
-@pytest.mark.xfail(
-    "decode" not in PATHS["triton"], reason="there is no decode path yet", strict=True
-)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tokens", [1, 32])
-def test_launches_of_few_tokens(tokens):
-    (f,) = figures(usual("topk", tokens, train="")).values()
-    assert f.launches <= report.MOST_LAUNCHES["decode"]
+def test_few_tokens(method, tokens):
+    """Two launches, whose blocks take in less than what a third launch would cost."""
+    call = usual(method, tokens, train="")
+    (operator,) = record(call).operators
+    assert operator.torch_kernels == []
+    assert len(operator.launches) == report.MOST_LAUNCHES["decode"]
+    for launch in operator.launches:
+        a = account(launch)
+        assert a.loads.moved / a.blocks / model.INGEST < model.LAUNCH
 
 
 def test_the_least_by_hand():

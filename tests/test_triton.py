@@ -150,11 +150,17 @@ def test_a_token_does_not_depend_on_its_neighbours(arch, dtype):
         whole = adapter(inputs, range(STANDARD.T), renormalize=dtype != F32)
     for multiprocessors in (1, 4, 132):
         with gpu(arch, multiprocessors) as device:
-            for rows in ([7], [66, 3], list(range(70))):
+            for rows in ([7], [66, 3, *range(8, 38)], list(range(70))):
+                device.launches.clear()
                 results = adapter(inputs, rows, renormalize=dtype != F32)
                 for got, want in zip(results, whole, strict=True):
                     assert torch.equal(got, want[rows])
-        assert ("mix" in names(device)) == (multiprocessors > 1)
+                forward = names(device)[:2]
+                if multiprocessors == 1:
+                    assert forward == ["shrink_and_mix", "expand_and_count"]
+                else:
+                    few = len(rows) <= 32
+                    assert forward == ["shrink_parts", "mix_and_expand" if few else "mix"]
 
 
 @pytest.mark.parametrize("mode", ("token", "expert"))
@@ -368,6 +374,19 @@ def test_importing_the_package_does_not_import_triton():
 
 
 # ---------------------------------------------------------------- tiles
+
+
+def test_what_every_block_does_by_itself():
+    """Few tokens, and as many columns as a block of 128 threads holds with 32 values each."""
+    assert [tiles.own_mix(T, 64) for T in (0, 1, 5, 32, 33)] == [None, 1, 8, 32, None]
+    assert [tiles.own_mix(32, n) for n in (128, 129)] == [32, None]
+    assert [tiles.own_mix(1, n) for n in (4096, 4097)] == [1, None]
+    # A sequence reads 1 MB of experts in bfloat16, and 16.5 MB cost as much as a launch.
+    experts = (8, 8, 4096)
+    assert [tiles.own_merge(T, n, experts, experts, 2) for T, n in ((1, 1), (30, 15))] == [1, 2]
+    assert tiles.own_merge(32, 16, experts, experts, 2) is None
+    assert tiles.own_merge(33, 1, experts, experts, 2) is None
+    assert tiles.own_merge(0, 1, experts, experts, 2) is None
 
 
 @pytest.mark.parametrize("itemsize", (2, 4))

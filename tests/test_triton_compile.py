@@ -33,6 +33,10 @@ CASES = [
     (usual("output_gate", LARGE), B200),
     (usual("topk", 1, train=""), H200),
     (usual("topk", 32, train=""), B200),
+    (usual("gated", 32, train=""), MI300),
+    (usual("averaged", 32, train=""), H200),
+    (usual("grid", 32, train=""), H200),
+    (usual("output_gate", 32, train=""), A100),
 ]  # fmt: skip
 
 

@@ -7,7 +7,11 @@ times, but enough to order the paths.  A path that a back end does not have is n
 import torch
 
 # Back end -> the paths that it has.
-PATHS = {"cpu": ("stacked", "grouped"), "cuda": ("stacked",), "triton": ("stacked", "grouped")}
+PATHS = {
+    "cpu": ("stacked", "grouped"),
+    "cuda": ("stacked",),
+    "triton": ("stacked", "grouped", "decode"),
+}
 # Most tokens of the decode path.
 DECODE_TOKENS = 32
 
@@ -75,8 +79,10 @@ def choose(
     backend: str, num_experts: int, rank: int, top_k: int, tokens: int, dtype: torch.dtype
 ) -> str:
     """The path that ``strategy="auto"`` takes."""
-    path = "stacked" if is_stacked(backend, "auto", num_experts, rank, top_k, dtype) else "grouped"
+    if not is_stacked(backend, "auto", num_experts, rank, top_k, dtype):
+        return "grouped"
     if "decode" not in PATHS[backend] or tokens > DECODE_TOKENS:
-        return path
+        return "stacked"
+    # The same sums as stacked, in the same order.
     rows = num_experts * rank
-    return min((path, "decode"), key=lambda p: seconds(p, rows, top_k, tokens, dtype))
+    return min(("stacked", "decode"), key=lambda p: seconds(p, rows, top_k, tokens, dtype))

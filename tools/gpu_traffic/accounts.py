@@ -184,6 +184,14 @@ def _add_gradients(k: Account) -> None:
 # ---------------------------------------------------------------- mixes
 
 
+def as_executed(k: Account) -> None:
+    """A kernel for few tokens: what all of its blocks move is executed here."""
+    counts = k.launch.execute(k.grid)
+    for total, found in ((k.loads, counts.loads), (k.stores, counts.stores)):
+        total.moved, total.distinct = found.fetched, found.distinct_bytes
+    k.flops = sum(counts.tensor_flops.values())
+
+
 def by_tiles(k: Account) -> None:
     """A kernel whose blocks have a tile of tokens each, by the grid's first direction.
 
@@ -192,10 +200,9 @@ def by_tiles(k: Account) -> None:
     """
     (blocks, *others), (tiles, rest) = k.grid, divmod(k.T, k.BT)
     if blocks <= 2:
-        first = second = k.launch.execute(k.grid)
-        tiles, rest = 1, 0
-    else:
-        first, second = (k.launch.execute((n, *others)) for n in (1, 2))
+        as_executed(k)
+        return
+    first, second = (k.launch.execute((n, *others)) for n in (1, 2))
     last = k.launch.execute((1, *others), T=rest) if rest else None
     for total, name in ((k.loads, "loads"), (k.stores, "stores")):
         one, two = getattr(first, name), getattr(second, name)
@@ -227,17 +234,22 @@ KERNELS = {
     ("outer", "add_gradients"): _add_gradients,
     ("topk", "shrink_and_mix"): by_tiles,
     ("topk", "mix"): by_tiles,
+    ("topk", "mix_and_expand"): as_executed,
     ("topk", "expand_and_count"): _topk_expand,
     ("topk", "shrink_and_mix_backward"): by_tiles,
     ("topk", "mix_backward"): by_tiles,
     ("gated", "shrink_and_mix"): by_tiles,
     ("gated", "mix"): by_tiles,
+    ("gated", "mix_and_expand"): as_executed,
     ("gated", "shrink_and_mix_backward"): by_tiles,
     ("gated", "mix_backward"): by_tiles,
     ("averaged", "mix"): by_tiles,
+    ("averaged", "mix_and_expand"): as_executed,
     ("averaged", "mix_backward"): by_tiles,
     ("grid", "mix"): by_tiles,
+    ("grid", "mix_and_expand"): as_executed,
     ("grid", "mix_backward"): by_tiles,
     ("output_gate", "mix"): by_tiles,
+    ("output_gate", "mix_and_expand"): as_executed,
     ("output_gate", "mix_backward"): by_tiles,
 }

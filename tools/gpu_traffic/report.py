@@ -28,7 +28,7 @@ CALLS = (
     usual("topk", LARGE, train="x"),
     usual("topk", LARGE, dropout=0.05),
     usual("topk", 2048),
-    *(usual("topk", T, train="") for T in (1, 32)),
+    *(usual(method, T, train="") for method in METHODS for T in (1, 32)),
 )
 
 

@@ -26,20 +26,21 @@ from .shrink import add_parts, shrink_tile
 # ---------------------------------------------------------------- weights per token
 
 
-@triton.jit(do_not_specialize=["T", "row_map"])
-def mix(
-    hidden_parts, weights, row_map, saved, mixed, T, pitch, scale, PARTS: tl.constexpr,
-    PAIRS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr,
+@triton.jit
+def mix_parts(
+    hidden_parts, weights, row_map, saved, mixed, T, pitch, scale, tile, writes,
+    PARTS: tl.constexpr, PAIRS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
-    """From a shrink's parts to `mixed`; a single part lies in `saved`.  Grid: tiles of tokens.
+    """A tile of BT tokens from a shrink's parts to `mixed`; a single part lies in `saved`.
 
     Args:
         weights: float32 [., PAIRS]; row_map, see ``launch.RowMap``, says which row a token reads.
-        saved: float32 [T, PAIRS * RANK].
+        saved: float32 [T, PAIRS * RANK]; written if `writes`.
         mixed: [T, PAIRS * RANK], pitch (in eights) from row to row; written.
     """
     R: tl.constexpr = PAIRS * RANK
-    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    rows = tl.cast(tile, tl.int64) * BT + tl.arange(0, BT)
     exists = rows < T
     j = tl.arange(0, WIDTH)
     mask = exists[:, None] & (j < RANK)[None, :]
@@ -50,12 +51,53 @@ def mix(
         at = rows[:, None] * R + (p * RANK + j)[None, :]
         hidden = add_parts(hidden_parts, at, T.to(tl.int64) * R, mask, PARTS)
         if PARTS > 1:
-            tl.store(saved + at, hidden, mask=mask)
+            tl.store(saved + at, hidden, mask=mask & writes)
         average += load_table(weights, table_rows, PAIRS, row, p + tl.arange(0, 1)) * hidden
     for p in tl.range(PAIRS, loop_unroll_factor=4):
         weight = load_table(weights, table_rows, PAIRS, row, p + tl.arange(0, 1))
         at = mixed + rows[:, None] * in_eights(pitch, True) + (p * RANK + j)[None, :]
         tl.store(at, (scale * weight * average).to(mixed.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "row_map"])
+def mix(
+    hidden_parts, weights, row_map, saved, mixed, T, pitch, scale, PARTS: tl.constexpr,
+    PAIRS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """See :func:`mix_parts`.  Grid: tiles of tokens."""
+    mix_parts(
+        hidden_parts, weights, row_map, saved, mixed, T, pitch, scale, tl.program_id(0), True,
+        PARTS, PAIRS, RANK, WIDTH, BT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "threshold", "walk", "row_map"])
+def mix_and_expand(
+    y, left_a, a, left_b, b, bias, seed, T, N, stride_y, pitch_a, pitch_b, threshold, walk,
+    hidden_parts, weights, row_map, saved, scale, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    BR: tl.constexpr, ROWS_B: tl.constexpr, BRB: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    WIDE: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    PAIRS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, BT_MIX: tl.constexpr,
+    SPLITS: tl.constexpr = 1,
+):  # fmt: skip
+    """An expand whose blocks mix all tokens by themselves, of which there are at most BT_MIX.
+
+    Grid: strips of columns.
+
+    Args:
+        left_a: [strips, T, PAIRS * RANK], pitch_a from row to row; each block's own.
+    """
+    strip = tl.program_id(0)
+    mixed = left_a + (strip * T).to(tl.int64) * pitch_a
+    expand_strip(
+        y, stride_y, mixed, pitch_a, a, left_b, pitch_b, b, bias, seed, threshold, strip,
+        tl.cast(0, tl.int64), T, N, GROUPS, ROWS, BR, ROWS_B, BRB, BT, BN, WIDE, ACCUMULATE,
+        PRECISION, SPLITS, MIX=mix_parts,
+        mixing=(
+            hidden_parts, weights, row_map, saved, mixed, T, pitch_a, scale, 0, strip == 0, PARTS,
+            PAIRS, RANK, WIDTH, BT_MIX,
+        ),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "row_map"])
@@ -106,14 +148,24 @@ def _forward(
     y: launch.Rows, bias: Tensor | None, splits: int, scale: float, accumulate: bool,
 ) -> Tensor:  # fmt: skip
     T, (E, r, _) = x.count, lora_down.shape
-    hidden = weights.new_empty((T, splits * E * r))
-    mixed = launch.workspace(lora_down, T, splits * E * r)
+    pairs, WIDTH = splits * E, tiles.power_of_2(r)
+    hidden = weights.new_empty((T, pairs * r))
+    own = tiles.own_mix(T, pairs * WIDTH)
+    copies = _expand.strips(y, splits) if own else 1
+    mixed = launch.workspace(lora_down, copies * T, pairs * r)
+    expand = _expand.plan(y, mixed, lora_up, accumulate=accumulate, bias=bias, splits=splits)
     sums, _, parts = _shrink.run(x, lora_down, out_a=hidden, splits=splits)
-    _mix(
-        mix, T, splits * E, r, sums, weights, table, hidden, mixed.data, T, mixed.stride, scale,
-        parts,
-    )  # fmt: skip
-    _expand.run(y, mixed, lora_up, accumulate=accumulate, bias=bias, splits=splits)
+    if own:
+        mix_and_expand[expand.grid](
+            *expand.arguments, sums, weights, table, hidden, scale, PARTS=parts, PAIRS=pairs,
+            RANK=r, WIDTH=WIDTH, BT_MIX=own, **expand.constants,
+        )  # fmt: skip
+    else:
+        _mix(
+            mix, T, pairs, r, sums, weights, table, hidden, mixed.data, T, mixed.stride, scale,
+            parts,
+        )  # fmt: skip
+        expand.run(_expand.expand_rows)
     return hidden
 
 
@@ -167,28 +219,64 @@ def pair_of(e, f, features, E: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def merged_values(
+    experts, weights, sequence, exists, f, exists_f, features, scale, E: tl.constexpr,
+    RANK: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """scale * weights times experts [E, FLAT] at sequences and flat columns f, which broadcast.
+
+    Args:
+        weights: float32 [., SPLITS * E].
+        exists, exists_f: which of both are there.
+    """
+    FLAT = in_eights(RANK * features, WIDE)
+    total = tl.zeros_like(sequence + f).to(tl.float32)
+    for e in tl.range(E, loop_unroll_factor=4):
+        row = tl.load(experts + e.to(tl.int64) * FLAT + f, mask=exists_f, other=0.0)
+        at = sequence * (SPLITS * E) + pair_of(e, f, features, E, SPLITS)
+        total += scale * tl.load(weights + at, mask=exists, other=0.0) * row.to(tl.float32)
+    return total
+
+
+@triton.jit
 def merge_block(
     experts, merged, weights, sequences, block, features, scale, E: tl.constexpr,
     RANK: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr, BF: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """BS by BF of merged [sequences, FLAT] = scale * weights times experts [E, FLAT].
-
-    Args:
-        weights: float32 [sequences, SPLITS * E].
-    """
+    """BS by BF of merged [sequences, FLAT]; see :func:`merged_values`."""
     FLAT = in_eights(RANK * features, WIDE)
     strips = tl.cdiv(FLAT, BF)
-    f = (block % strips) * BF + tl.arange(0, BF)
-    n = (block // strips).to(tl.int64) * BS + tl.arange(0, BS)
-    exists = (n < sequences)[:, None]
-    total = tl.zeros([BS, BF], tl.float32)
-    for e in tl.range(E, loop_unroll_factor=4):
-        row = tl.load(experts + e.to(tl.int64) * FLAT + f, mask=f < FLAT, other=0.0)
-        at = n[:, None] * (SPLITS * E) + pair_of(e, f[None, :], features, E, SPLITS)
-        total += scale * tl.load(weights + at, mask=exists, other=0.0) * row.to(tl.float32)[None, :]
-    at = merged + n[:, None] * FLAT + f[None, :]
-    tl.store(at, total.to(merged.dtype.element_ty), mask=exists & (f < FLAT)[None, :])
+    f = ((block % strips) * BF + tl.arange(0, BF))[None, :]
+    n = ((block // strips).to(tl.int64) * BS + tl.arange(0, BS))[:, None]
+    total = merged_values(
+        experts, weights, n, n < sequences, f, f < FLAT, features, scale, E, RANK, SPLITS, WIDE
+    )
+    mask = (n < sequences) & (f < FLAT)
+    tl.store(merged + n * FLAT + f, total.to(merged.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def merge_own(
+    experts, merged, weights, n, first, last, begin, end, features, scale, E: tl.constexpr,
+    RANK: tl.constexpr, SPLITS: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows [first, last) by features [begin, end) of merged [., RANK, features], sequence n.
+
+    For this block alone, whose threads may read it at once.
+    """
+    FLAT = in_eights(RANK * features, WIDE)
+    for j0 in range(first, last, BR):
+        for k0 in range(begin, end, BF):
+            j, k = (j0 + tl.arange(0, BR))[:, None], (k0 + tl.arange(0, BF))[None, :]
+            f, mask = j * in_eights(features, WIDE) + k, (j < last) & (k < end)
+            total = merged_values(
+                experts, weights, tl.full([1, 1], n, tl.int64), k < end, f, mask, features, scale,
+                E, RANK, SPLITS, WIDE,
+            )  # fmt: skip
+            tl.store(merged + n * FLAT + f, total.to(merged.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -264,6 +352,77 @@ def expand_sequences(
         y, stride_y, left_a, pitch_a, a + n * (ROWS * in_eights(N, WIDE)), left_b, pitch_b, b, bias,
         seed, threshold, tl.program_id(1), begin, tl.minimum(begin + walk, (n + 1) * length), N,
         GROUPS, ROWS, BR, ROWS_B, BRB, BT, BN, WIDE, ACCUMULATE, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["length", "sequences"])
+def merge_and_shrink(
+    x, down, merged, weights, parts, length, sequences, K, stride_x, SPAN, SEGMENT: tl.constexpr,
+    E: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
+    BR: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BA: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """:func:`shrink_sequences` whose blocks merge the rows that they meet: at most BT tokens each.
+
+    Grid: sequences, tiles of rows, parts of SPAN features.
+
+    Args:
+        merged: [sequences, RANK, K], written and read.
+        parts: float32 [parts, T, RANK]; see ``shrink.add_parts``.
+    """
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    first, begin = tl.program_id(1) * BA, part * SPAN
+    end = tl.minimum(begin + SPAN, K)
+    merge_own(
+        down, merged, weights, n, first, tl.minimum(first + BA, RANK), begin, end, K, 1.0, E, RANK,
+        SPLITS, BR, BF, WIDE,
+    )  # fmt: skip
+    t, j = tl.arange(0, BT), first + tl.arange(0, BA)
+    exists, rows = t < length, n * length + t
+    product, _ = shrink_tile(
+        x, stride_x, rows, exists, merged + n * (RANK * in_eights(K, WIDE)), j, j < RANK, None,
+        None, None, K, begin, end, None, 0, 0, SEGMENT, PARTS, BT, BK, BA, 16, WIDE, PRECISION,
+    )  # fmt: skip
+    at = (part.to(tl.int64) * sequences * length + rows)[:, None] * RANK + j[None, :]
+    tl.store(parts + at, product, mask=exists[:, None] & (j < RANK)[None, :])
+
+
+@triton.jit(do_not_specialize=["length", "threshold", "walk", "sequences"])
+def merge_and_expand(
+    y, left_a, a, left_b, b, bias, seed, length, N, stride_y, pitch_a, pitch_b, threshold, walk,
+    parts, hidden, up, weights, sequences, scale, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    BR: tl.constexpr, ROWS_B: tl.constexpr, BRB: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    WIDE: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, E: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, BT_MIX: tl.constexpr,
+    BR_MERGE: tl.constexpr,
+):  # fmt: skip
+    """:func:`expand_sequences` whose blocks merge their columns and add the parts of a shrink.
+
+    Grid: sequences of at most BT_MIX tokens, strips of columns.
+
+    Args:
+        a: [sequences, ROWS, N], written and read.
+        left_a: [strips, T, ROWS], pitch_a from row to row; each block's own.
+        hidden: float32 [T, ROWS]; written.
+    """
+    n, strip = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin, tokens = n * length, sequences.to(tl.int64) * length
+    rows, j = begin + tl.arange(0, BT_MIX), tl.arange(0, WIDTH)
+    mask = (rows < begin + length)[:, None] & (j < ROWS)[None, :]
+    at = rows[:, None] * ROWS + j[None, :]
+    sums = add_parts(parts, at, tokens * ROWS, mask, PARTS)
+    tl.store(hidden + at, sums, mask=mask & (strip == 0))
+    own = left_a + strip * tokens * pitch_a
+    at = own + rows[:, None] * in_eights(pitch_a, True) + j[None, :]
+    tl.store(at, sums.to(own.dtype.element_ty), mask=mask)
+    merge_own(
+        up, a, weights, n, 0, ROWS, strip * BN, tl.minimum(strip * BN + BN, N), N, scale, E, ROWS,
+        SPLITS, BR_MERGE, BN, WIDE,
+    )  # fmt: skip
+    expand_strip(
+        y, stride_y, own, pitch_a, a + n * (ROWS * in_eights(N, WIDE)), left_b, pitch_b, b, bias,
+        seed, threshold, strip, begin, begin + length, N, GROUPS, ROWS, BR, ROWS_B, BRB, BT, BN,
+        WIDE, ACCUMULATE, PRECISION,
     )  # fmt: skip
 
 
@@ -395,8 +554,8 @@ def unmerge(
         tl.store(dweights + block, tl.sum(of_down) + scale * tl.sum(of_up))
 
 
-# Flat columns of a block.
-_FLAT = 512
+# Flat columns of a block; and values at once of one that merges for itself.
+_FLAT, _MERGED = 512, 4096
 
 
 class _Merged:
@@ -498,13 +657,49 @@ class _Merged:
         return ddown, dup, dweights
 
 
+def _merged_by_blocks(
+    x: launch.Rows, lora_down: Tensor, lora_up: Tensor, weights: Tensor, y: launch.Rows,
+    bias: Tensor | None, hidden: Tensor, splits: int, scale: float, accumulate: bool, own: int,
+) -> None:  # fmt: skip
+    """The same in two launches, for sequences of at most `own` tokens."""
+    T, K, (E, r, _), N = x.count, x.columns, lora_down.shape, y.columns
+    sequences, itemsize, WIDTH = len(weights), lora_down.element_size(), tiles.power_of_2(r)
+    length = T // sequences
+    down, up = lora_down.new_empty((sequences, r, K)), lora_up.new_empty((sequences, r, N))
+    tile = tiles.shrink(length, K, r, 0, itemsize, launch.arch(), products=sequences)
+    parts = weights.new_empty((tile.parts, T, r))
+    precision = launch.precision(x.data.dtype)
+    common = {"E": E, "SPLITS": splits, "PARTS": tile.parts}
+    BR = min(WIDTH, tile.BA)
+    merge_and_shrink[(sequences, tile.columns, tile.parts)](
+        x.data, lora_down, down, weights, parts, length, sequences, K, x.stride, tile.span,
+        SEGMENT=tiles.segment(K), RANK=r, BR=BR, BF=_MERGED // BR, BT=tile.BT, BK=tile.BK,
+        BA=tile.BA, WIDE=x.wide, PRECISION=precision, **common,
+        **launch.options(tile.warps, tile.stages),
+    )  # fmt: skip
+    one = y._replace(count=length)
+    left = launch.workspace(lora_up, _expand.strips(one) * T, r)
+    plan = _expand.plan(one, left, up, accumulate=accumulate, bias=bias)
+    strips, _ = plan.grid
+    merge_and_expand[(sequences, strips)](
+        *plan.arguments, parts, hidden, lora_up, weights, sequences, scale, WIDTH=WIDTH,
+        BT_MIX=own, BR_MERGE=min(WIDTH, _MERGED // plan.constants["BN"]), **common,
+        **plan.constants,
+    )  # fmt: skip
+
+
 def _merged_forward(
     x: launch.Rows, lora_down: Tensor, lora_up: Tensor, weights: Tensor, y: launch.Rows,
     bias: Tensor | None, splits: int, scale: float, accumulate: bool,
 ) -> Tensor:  # fmt: skip
     T, r = x.count, lora_down.shape[1]
     hidden = weights.new_empty((T, r))
-    if T:
+    own = tiles.own_merge(T, len(weights), lora_down.shape, lora_up.shape, x.data.element_size())
+    if own:
+        _merged_by_blocks(
+            x, lora_down, lora_up, weights, y, bias, hidden, splits, scale, accumulate, own
+        )
+    elif T:
         merged = _Merged(lora_down, lora_up, weights, T, splits, scale)
         low = merged.shrink(x, merged.down, hidden)
         merged.expand(y, low, merged.up, accumulate, bias)
@@ -538,7 +733,10 @@ def averaged_forward(
     x: Tensor, lora_down: Tensor, lora_up: Tensor, weights: Tensor, row_map: Tensor | None,
     bias: Tensor | None, y: Tensor, splits: int, scale: float, merged: bool, accumulate: bool,
 ) -> Tensor:  # fmt: skip
-    """``ops.averaged_forward``: shrink, the mix, expand; or merge, shrink, expand."""
+    """``ops.averaged_forward``: shrink, the mix, expand; or merge, shrink, expand.
+
+    Of few tokens in two launches.
+    """
     rows, out, table = _check(x, lora_down, lora_up, weights, row_map, y, "y", splits, merged)
     if bias is not None:
         launch.check_like(bias, x, (out.columns,), "bias")

@@ -187,23 +187,6 @@ def softmax_backward(p, dp):
 
 
 @triton.jit
-def row_softmax(v, keys):
-    """Softmax along the rows of a tile, see :func:`exponentials`.
-
-    Here and in its backward by ``tl.sum``, which takes fewer registers than :func:`sum_runs`: for
-    mixes that run in one kernel, the same for every number of tokens.
-    """
-    p = exponentials(v, keys)
-    return p / tl.sum(p, 1)[:, None]
-
-
-@triton.jit
-def row_softmax_backward(p, dp):
-    """p * (dp - the sum of p * dp over a row); see :func:`row_softmax`."""
-    return p * (dp - tl.sum(p * dp, 1)[:, None])
-
-
-@triton.jit
 def keep_mask(seed, threshold, token, first, expert, SIZE: tl.constexpr):
     """Which inputs dropout keeps, bit for bit as csrc/mix/philox.h and reference/philox.py.
 

@@ -33,7 +33,7 @@ def expand_strip(
     N, GROUPS: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, ROWS_B: tl.constexpr,
     BRB: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr = 1, order=None,
-    expert=0, TOP_K: tl.constexpr = 1,
+    expert=0, TOP_K: tl.constexpr = 1, MIX: tl.constexpr = None, mixing=None,
 ):  # fmt: skip
     """A strip of BN columns of y for the tokens [begin, end), of which begin is an int64.
 
@@ -49,6 +49,8 @@ def expand_strip(
         BR, BRB: rows of a and of b that one product takes; those of a group are never mixed.
         order: int32, pairs (``launch.Segments``); then [begin, end) are places in it, rows of
             left_a are pairs, and `expert` is the mask's.
+        MIX, mixing: what writes left_a and left_b for this block alone, and its arguments: called
+            once the experts' rows are under way; or None.
     """
     N = in_eights(N, WIDE)
     stride_y = in_eights(stride_y, WIDE)
@@ -69,6 +71,9 @@ def expand_strip(
         added = tl.load(bias + n, mask=exists_n, other=0.0).to(tl.float32)
     if seed is not None:
         key = tl.load(seed)
+    if MIX is not None:
+        MIX(*mixing)
+        tl.debug_barrier()  # other threads of the block read it
     for t in range(begin, end, BT):
         rows = t + tl.arange(0, BT)
         exists = rows < end
@@ -128,6 +133,12 @@ def expand_rows(
     )  # fmt: skip
 
 
+def strips(y: launch.Rows, splits: int = 1) -> int:
+    """Blocks that an expand onto a tile of y's rows takes; splits as for :func:`plan`."""
+    tile = tiles.expand(y.count, y.columns, 1, y.data.element_size(), launch.arch())
+    return splits * tiles.cdiv(y.columns // splits, tile.BN)
+
+
 def plan(
     y: launch.Rows,
     left_a: launch.Rows,
@@ -170,7 +181,7 @@ def plan(
     )  # fmt: skip
     if splits > 1:  # kernels that do more take none
         constants["SPLITS"] = splits
-    grid = (splits * tiles.cdiv(segment.columns, tile.BN), tiles.cdiv(T, tile.walk))
+    grid = (strips(y, splits), tiles.cdiv(T, tile.walk))
     return launch.Launch(grid, arguments, constants)
 
 

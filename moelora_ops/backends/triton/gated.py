@@ -17,6 +17,7 @@ from . import launch, tiles
 from . import outer as _outer
 from . import shrink as _shrink
 from .device import first_columns, in_eights, load_table, padded, sum_runs, table_row
+from .expand import expand_strip
 from .shrink import add_parts, shrink_tile
 
 _RELU: tl.constexpr = tl.constexpr(ops.ACTIVATIONS["relu"])
@@ -74,7 +75,7 @@ def each_column(gates, WIDTH: tl.constexpr):
 @triton.jit
 def forward_tile(
     hidden, rows, exists, first, down_bias, weights, row_map, saved, mixed, pitch, gates,
-    pitch_gates, scale, kept, E: tl.constexpr, RANK: tl.constexpr, EB: tl.constexpr,
+    pitch_gates, scale, kept, writes, E: tl.constexpr, RANK: tl.constexpr, EB: tl.constexpr,
     WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """hidden [BT, EB * WIDTH] of the tokens `rows`, int64 [BT], and the experts from `first` on.
@@ -82,7 +83,7 @@ def forward_tile(
     Args:
         down_bias: [E, RANK] or None.
         weights: float32 [., E]; row_map, see ``launch.RowMap``, says which row a token reads.
-        saved: float32 [T, E * RANK]; written if SAVE, with `kept` and down_bias in it.
+        saved: float32 [T, E * RANK]; written if SAVE and `writes`, with `kept` and down_bias in it.
         mixed: [T, E * RANK], pitch (in eights) from row to row; written.
         gates: [T, E], pitch_gates from row to row; what multiplies the up biases, written unless
             None.
@@ -96,7 +97,7 @@ def forward_tile(
         added = tl.load(down_bias + column, mask=exists_column, other=0.0)
         hidden += added.to(tl.float32)[None, :]
     if SAVE:
-        tl.store(saved + rows[:, None] * R + column[None, :], hidden, mask=mask)
+        tl.store(saved + rows[:, None] * R + column[None, :], hidden, mask=mask & writes)
 
     table_rows, index, tokens_per_row = row_map
     row = table_row(index, tokens_per_row, rows, exists)
@@ -108,6 +109,28 @@ def forward_tile(
     if gates is not None:
         at = gates + rows[:, None] * in_eights(pitch_gates, True) + e[None, :]
         tl.store(at, gate.to(dtype), mask=exists[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def mix_parts(
+    hidden_parts, down_bias, weights, row_map, saved, mixed, gates, T, pitch, pitch_gates, scale,
+    kept, tile, first, writes, PARTS: tl.constexpr, SAVE: tl.constexpr, E: tl.constexpr,
+    RANK: tl.constexpr, EB: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """:func:`forward_tile` from a shrink's parts."""
+    rows = tl.cast(tile, tl.int64) * BT + tl.arange(0, BT)
+    exists = rows < T
+    R: tl.constexpr = E * RANK
+    column, exists_column = padded(first * WIDTH + tl.arange(0, EB * WIDTH), E, RANK, WIDTH)
+    hidden = add_parts(
+        hidden_parts, rows[:, None] * R + column[None, :], T.to(tl.int64) * R,
+        exists[:, None] & exists_column[None, :], PARTS,
+    )  # fmt: skip
+    forward_tile(
+        hidden, rows, exists, first, down_bias, weights, row_map, saved, mixed, pitch, gates,
+        pitch_gates, scale, kept, writes, E, RANK, EB, WIDTH, ACTIVATION, SAVE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -174,7 +197,7 @@ def shrink_and_mix(
     )  # fmt: skip
     forward_tile(
         hidden, rows, exists, first, down_bias, weights, row_map, saved, mixed, pitch, gates,
-        pitch_gates, scale, kept, E, RANK, EB, WIDTH, ACTIVATION, True,
+        pitch_gates, scale, kept, True, E, RANK, EB, WIDTH, ACTIVATION, True,
     )  # fmt: skip
 
 
@@ -184,19 +207,44 @@ def mix(
     kept, PARTS: tl.constexpr, SAVE: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr,
     EB: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """From a shrink's parts, see :func:`forward_tile`.  Grid: tiles of tokens, of experts."""
-    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    exists = rows < T
-    first = tl.program_id(1) * EB
-    R: tl.constexpr = E * RANK
-    column, exists_column = padded(first * WIDTH + tl.arange(0, EB * WIDTH), E, RANK, WIDTH)
-    hidden = add_parts(
-        hidden_parts, rows[:, None] * R + column[None, :], T.to(tl.int64) * R,
-        exists[:, None] & exists_column[None, :], PARTS,
+    """See :func:`mix_parts`.  Grid: tiles of tokens, of experts."""
+    mix_parts(
+        hidden_parts, down_bias, weights, row_map, saved, mixed, gates, T, pitch, pitch_gates,
+        scale, kept, tl.program_id(0), tl.program_id(1) * EB, True, PARTS, SAVE, E, RANK, EB, WIDTH,
+        ACTIVATION, BT,
     )  # fmt: skip
-    forward_tile(
-        hidden, rows, exists, first, down_bias, weights, row_map, saved, mixed, pitch, gates,
-        pitch_gates, scale, kept, E, RANK, EB, WIDTH, ACTIVATION, SAVE,
+
+
+@triton.jit(do_not_specialize=["T", "threshold", "walk", "row_map"])
+def mix_and_expand(
+    y, left_a, a, left_b, b, bias, seed, T, N, stride_y, pitch_a, pitch_b, threshold, walk,
+    hidden_parts, down_bias, weights, row_map, saved, scale, kept, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, BR: tl.constexpr, ROWS_B: tl.constexpr, BRB: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr, WIDE: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, SAVE: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr,
+    EB: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BT_MIX: tl.constexpr,
+):  # fmt: skip
+    """An expand whose blocks mix all tokens by themselves, of which there are at most BT_MIX.
+
+    Grid: strips of columns.
+
+    Args:
+        left_a, left_b: [strips, T, E * RANK] and, for the up biases, [strips, T, E] or None, with a
+            pitch from row to row; each block's own.
+        EB: at least E.
+    """
+    strip = tl.program_id(0)
+    mixed, gates = left_a + (strip * T).to(tl.int64) * pitch_a, left_b
+    if left_b is not None:
+        gates += (strip * T).to(tl.int64) * pitch_b
+    expand_strip(
+        y, stride_y, mixed, pitch_a, a, gates, pitch_b, b, bias, seed, threshold, strip,
+        tl.cast(0, tl.int64), T, N, GROUPS, ROWS, BR, ROWS_B, BRB, BT, BN, WIDE, ACCUMULATE,
+        PRECISION, MIX=mix_parts,
+        mixing=(
+            hidden_parts, down_bias, weights, row_map, saved, mixed, gates, T, pitch_a, pitch_b,
+            scale, kept, 0, 0, strip == 0, PARTS, SAVE, E, RANK, EB, WIDTH, ACTIVATION, BT_MIX,
+        ),
     )  # fmt: skip
 
 
@@ -270,7 +318,7 @@ def gated_forward(
     up_bias: Tensor | None, weights: Tensor, row_map: Tensor | None, bias: Tensor | None,
     seed: Tensor | None, y: Tensor, scale: float, activation: int, dropout: float, accumulate: bool,
 ) -> Tensor:  # fmt: skip
-    """``ops.gated_forward``: two launches (shrink with the mix, expand), or three."""
+    """``ops.gated_forward``: shrink, the mix and expand in two launches or three."""
     rows, out, table = _check(
         x, lora_down, down_bias, lora_up, up_bias, weights, row_map, y, "y", activation
     )
@@ -282,11 +330,15 @@ def gated_forward(
     if not T:
         return hidden
 
-    mixed = launch.workspace(x, T, E * r)
-    gates = None if up_bias is None else launch.workspace(x, T, E)
+    everything = _constants(E, r, activation, tiles.power_of_2(E) * tiles.power_of_2(r))
+    fused = _fused(rows, lora_down, masked=masks.seed is not None)
+    own = None if fused else tiles.own_mix(T, everything["EB"] * everything["WIDTH"])
+    copies = _expand.strips(out) if own else 1
+    mixed = launch.workspace(x, copies * T, E * r)
+    gates = None if up_bias is None else launch.workspace(x, copies * T, E)
+    expand = _expand.plan(out, mixed, lora_up, gates, up_bias, accumulate=accumulate, bias=bias)
     results = (hidden, mixed.data, gates and gates.data)
     scalars = (mixed.stride, gates.stride if gates else 0)
-    fused = _fused(rows, lora_down, masked=masks.seed is not None)
     if fused:
         shrink_and_mix[(tiles.cdiv(T, fused.BT), fused.columns)](
             x, lora_down, down_bias, weights, table, *results, masks.seed, T, K, rows.stride,
@@ -294,18 +346,24 @@ def gated_forward(
             BK=fused.BK, WIDE=rows.wide, PRECISION=launch.precision(x.dtype),
             **_constants(E, r, activation, fused.BA), **launch.options(fused.warps, fused.stages),
         )  # fmt: skip
+        expand.run(_expand.expand_rows)
+        return hidden
+
+    # Where the mix changes hidden, it must not read what it writes.
+    changes = down_bias is not None or masks.seed is not None
+    sums, _, parts = _shrink.run(rows, lora_down, out_a=None if changes else hidden, masks=masks)
+    save = {"PARTS": parts, "SAVE": changes or parts > 1}
+    if own:
+        mix_and_expand[expand.grid](
+            *expand.arguments, sums, down_bias, weights, table, hidden, scale, kept, BT_MIX=own,
+            **save, **everything, **expand.constants,
+        )  # fmt: skip
     else:
-        # Where the mix changes hidden, it must not read what it writes.
-        changes = down_bias is not None or masks.seed is not None
-        sums, _, parts = _shrink.run(
-            rows, lora_down, out_a=None if changes else hidden, masks=masks
-        )
         grid, constants = _tiles(T, E, r, activation)
         mix[grid](
-            sums, down_bias, weights, table, *results, T, *scalars, scale, kept, PARTS=parts,
-            SAVE=changes or parts > 1, **constants,
-        )  # fmt: skip
-    _expand.run(out, mixed, lora_up, gates, up_bias, accumulate=accumulate, bias=bias)
+            sums, down_bias, weights, table, *results, T, *scalars, scale, kept, **save, **constants
+        )
+        expand.run(_expand.expand_rows)
     return hidden
 
 

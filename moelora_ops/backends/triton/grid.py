@@ -19,15 +19,18 @@ from . import outer as _outer
 from . import shrink as _shrink
 from .device import (
     NO_KEY,
+    exponentials,
     in_eights,
     load_table,
     order_key,
     padded,
-    row_softmax,
-    row_softmax_backward,
+    shares,
+    softmax_backward,
+    sum_runs,
     table_row,
 )
-from .shrink import add_counted
+from .expand import expand_strip
+from .shrink import add_parts
 
 # ---------------------------------------------------------------- row mathematics
 
@@ -55,9 +58,17 @@ def of_down(hidden, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
-def sum_over_up(v, DIAGONAL: tl.constexpr):
-    """[BT, rows of down] of [BT, P1, P2]."""
-    return tl.sum(v, 1) if DIAGONAL else tl.sum(v, 2)
+def sum_over_down(v):
+    """[BT, P2] of v [BT, P1, P2]."""
+    return tl.reshape(sum_runs(tl.permute(v, [0, 2, 1]), v.shape[1]), [v.shape[0], v.shape[2]])
+
+
+@triton.jit
+def sum_for_down(v, DIAGONAL: tl.constexpr):
+    """[BT, rows of down] of v [BT, P1, P2]."""
+    if DIAGONAL:
+        return tl.reshape(v, [v.shape[0], v.shape[2]])
+    return tl.reshape(sum_runs(v, v.shape[2]), [v.shape[0], v.shape[1]])
 
 
 @triton.jit
@@ -66,41 +77,38 @@ def gate_keys(logits, exists):
     return tl.where(exists[None, :], order_key(logits), NO_KEY)
 
 
-# ---------------------------------------------------------------- kernels
-
-# Numbers that depend on the tokens, and pointers to what callers own: a row's sums go in an order
-# that the compiler chooses, so a token needs the same kernel whatever there is beside it.
-_NOT_SPECIALIZED = [
-    "T", "parts", "hidden_parts", "omega", "beta", "intuition", "count", "row_map",
-    "tokens_per_row", "token_scale", "task_scale",
-]  # fmt: skip
+@triton.jit
+def probabilities(logits, exists):
+    """softmax(logits) [BT, columns], zero where `exists` [columns] is false."""
+    p = exponentials(logits, gate_keys(logits, exists))
+    return shares(p, p)
 
 
 @triton.jit
-def load_intuition(
-    intuition, count, row_map, tokens_per_row, rows, exists, gate, exists_gate,
-    GATES: tl.constexpr,
-):  # fmt: skip
-    """intuition [count, GATES] of the tokens `rows`, int64 [BT]: [BT, P1 * P2]."""
-    row = table_row(row_map, tokens_per_row, rows, exists)
-    return tl.where(exists_gate[None, :], load_table(intuition, count, GATES, row, gate), 0.0)
+def load_intuition(intuition, row_map, rows, exists, gate, exists_gate, GATES: tl.constexpr):
+    """intuition [., GATES] of the tokens `rows`, int64 [BT]: [BT, P1 * P2]."""
+    table_rows, index, tokens_per_row = row_map
+    row = table_row(index, tokens_per_row, rows, exists)
+    return tl.where(exists_gate[None, :], load_table(intuition, table_rows, GATES, row, gate), 0.0)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
-def mix(
-    logits_parts, hidden_parts, saved, omega, beta, intuition, count, row_map, tokens_per_row,
-    mixed, T, pitch, token_scale, task_scale, parts, R1: tl.constexpr, R2: tl.constexpr,
+@triton.jit
+def mix_parts(
+    logits_parts, hidden_parts, saved, omega, beta, intuition, row_map, mixed, T, pitch,
+    token_scale, task_scale, tile, writes, PARTS: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     P1: tl.constexpr, P2: tl.constexpr, DIAGONAL: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """From a shrink's parts to `mixed` [T, R2]; a single part lies in `saved`.  Grid: row tiles.
+    """A tile of BT tokens from a shrink's parts to `mixed`; a single part lies in `saved`.
 
     Args:
-        intuition: [count, gates] or None; see :func:`table_row` for the row of a token.
-        mixed: pitch (in eights) from row to row.
+        saved: float32 [T, gates + rows of down], see above; written if `writes`.
+        intuition: float32 [., gates] or None; row_map, see ``launch.RowMap``, says which row a
+            token reads.
+        mixed: [T, R2], pitch (in eights) from row to row; written.
     """
     GATES: tl.constexpr = R1 * R2
     DOWN: tl.constexpr = R2 if DIAGONAL else R1
-    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    rows = tl.cast(tile, tl.int64) * BT + tl.arange(0, BT)
     exists = rows < T
     gate, exists_gate = padded(tl.arange(0, P1 * P2), R1, R2, P2)
     down = tl.arange(0, P2 if DIAGONAL else P1)
@@ -110,33 +118,79 @@ def mix(
     mask_gate = exists[:, None] & exists_gate[None, :]
     mask_down = exists[:, None] & (down < DOWN)[None, :]
     tokens = T.to(tl.int64)
-    logits = add_counted(logits_parts, at_gate, tokens * GATES, mask_gate, parts)
-    hidden = add_counted(hidden_parts, at_down, tokens * DOWN, mask_down, parts)
-    tl.store(saved + at_gate, logits, mask=mask_gate & (parts > 1))
-    tl.store(saved + tokens * GATES + at_down, hidden, mask=mask_down & (parts > 1))
+    logits = add_parts(logits_parts, at_gate, tokens * GATES, mask_gate, PARTS)
+    hidden = add_parts(hidden_parts, at_down, tokens * DOWN, mask_down, PARTS)
+    if PARTS > 1:
+        tl.store(saved + at_gate, logits, mask=mask_gate & writes)
+        tl.store(saved + tokens * GATES + at_down, hidden, mask=mask_down & writes)
 
     a, b, s = load_scales(omega, beta, token_scale, task_scale)
-    gates = a * row_softmax(logits, gate_keys(logits, exists_gate))
+    gates = a * probabilities(logits, exists_gate)
     if intuition is not None:
-        gates += b * load_intuition(
-            intuition, count, row_map, tokens_per_row, rows, exists, gate, exists_gate, GATES
-        )
+        gates += b * load_intuition(intuition, row_map, rows, exists, gate, exists_gate, GATES)
     gates = tl.reshape(gates, [BT, P1, P2])
-    out = s * tl.sum(gates * of_down(hidden, DIAGONAL), 1)
+    out = s * sum_over_down(gates * of_down(hidden, DIAGONAL))
     at = mixed + rows[:, None] * in_eights(pitch, True) + up[None, :]
     tl.store(at, out.to(mixed.dtype.element_ty), mask=exists[:, None] & (up < R2)[None, :])
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=["T", "row_map"])
+def mix(
+    logits_parts, hidden_parts, saved, omega, beta, intuition, row_map, mixed, T, pitch,
+    token_scale, task_scale, PARTS: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
+    P1: tl.constexpr, P2: tl.constexpr, DIAGONAL: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """See :func:`mix_parts`.  Grid: tiles of tokens."""
+    mix_parts(
+        logits_parts, hidden_parts, saved, omega, beta, intuition, row_map, mixed, T, pitch,
+        token_scale, task_scale, tl.program_id(0), True, PARTS, R1, R2, P1, P2, DIAGONAL, BT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "threshold", "walk", "row_map"])
+def mix_and_expand(
+    y, left_a, a, left_b, b, bias, seed, T, N, stride_y, pitch_a, pitch_b, threshold, walk,
+    logits_parts, hidden_parts, saved, omega, beta, intuition, row_map, token_scale, task_scale,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, ROWS_B: tl.constexpr,
+    BRB: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, R1: tl.constexpr,
+    R2: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, DIAGONAL: tl.constexpr,
+    BT_MIX: tl.constexpr,
+):  # fmt: skip
+    """An expand whose blocks mix all tokens by themselves, of which there are at most BT_MIX.
+
+    Grid: strips of columns.
+
+    Args:
+        left_a: [strips, T, R2], pitch_a from row to row; each block's own.
+    """
+    strip = tl.program_id(0)
+    mixed = left_a + (strip * T).to(tl.int64) * pitch_a
+    expand_strip(
+        y, stride_y, mixed, pitch_a, a, left_b, pitch_b, b, bias, seed, threshold, strip,
+        tl.cast(0, tl.int64), T, N, GROUPS, ROWS, BR, ROWS_B, BRB, BT, BN, WIDE, ACCUMULATE,
+        PRECISION, MIX=mix_parts,
+        mixing=(
+            logits_parts, hidden_parts, saved, omega, beta, intuition, row_map, mixed, T, pitch_a,
+            token_scale, task_scale, 0, strip == 0, PARTS, R1, R2, P1, P2, DIAGONAL, BT_MIX,
+        ),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "row_map"])
 def mix_backward(
-    dmixed_parts, saved, omega, beta, intuition, count, row_map, tokens_per_row, dlogits, dhidden,
-    mixed, dscalars, dintuition, T, pitch_gates, pitch_down, pitch_up, token_scale, task_scale,
-    parts, R1: tl.constexpr, R2: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    DIAGONAL: tl.constexpr, BT: tl.constexpr,
+    dmixed_parts, saved, omega, beta, intuition, row_map, dlogits, dhidden, mixed, dscalars,
+    dintuition, T, pitch_gates, pitch_down, pitch_up, token_scale, task_scale, PARTS: tl.constexpr,
+    R1: tl.constexpr, R2: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, DIAGONAL: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
     """From the parts of a shrink of dy to the gradients of logits and hidden.  Grid: row tiles.
 
     Args:
+        intuition, row_map: see :func:`mix_parts`.
         saved: as the forward pass left it.
         dlogits, dhidden: [T, gates] and [T, rows of down], written, as is mixed [T, R2] unless
             None; with a pitch (in eights) from row to row.
@@ -159,40 +213,38 @@ def mix_backward(
     at = saved + tokens * GATES + rows[:, None] * DOWN + down[None, :]
     hidden = of_down(tl.load(at, mask=mask_down, other=0.0), DIAGONAL)
     at = rows[:, None] * R2 + up[None, :]
-    dmixed = add_counted(dmixed_parts, at, tokens * R2, mask_up, parts)
+    dmixed = add_parts(dmixed_parts, at, tokens * R2, mask_up, PARTS)
 
     a, b, s = load_scales(omega, beta, token_scale, task_scale)
-    p = row_softmax(logits, gate_keys(logits, exists_gate))
+    p = probabilities(logits, exists_gate)
     gates = a * p
     if intuition is not None:
-        external = load_intuition(
-            intuition, count, row_map, tokens_per_row, rows, exists, gate, exists_gate, GATES
-        )
+        external = load_intuition(intuition, row_map, rows, exists, gate, exists_gate, GATES)
         gates += b * external
     gates = tl.reshape(gates, [BT, P1, P2])
     dout = dmixed[:, None, :]
     dgates = tl.reshape(s * hidden * dout, [BT, P1 * P2])
 
     dtype = dlogits.dtype.element_ty
-    out = row_softmax_backward(p, a * dgates).to(dtype)
+    out = softmax_backward(p, a * dgates).to(dtype)
     at = dlogits + rows[:, None] * in_eights(pitch_gates, True) + gate[None, :]
     tl.store(at, out, mask=mask_gate)
-    out = (s * sum_over_up(gates * dout, DIAGONAL)).to(dtype)
+    out = (s * sum_for_down(gates * dout, DIAGONAL)).to(dtype)
     at = dhidden + rows[:, None] * in_eights(pitch_down, True) + down[None, :]
     tl.store(at, out, mask=mask_down)
     if dintuition is not None:
         tl.store(dintuition + at_gate, b * dgates, mask=mask_gate)
     if mixed is not None:
         # H' / s first, so that the gradient of s needs no division by an s that may be 0.
-        out = tl.sum(gates * hidden, 1)
+        out = sum_over_down(gates * hidden)
         at = mixed + rows[:, None] * in_eights(pitch_up, True) + up[None, :]
         tl.store(at, (s * out).to(dtype), mask=mask_up)
         _, slope = sharp_sigmoid(tl.load(beta).to(tl.float32))
-        tl.store(dscalars + 2 * rows + 1, slope * tl.sum(dmixed * out, 1), mask=exists)
+        tl.store(dscalars + 2 * rows + 1, slope * sum_runs(dmixed * out, P2), mask=exists)
         _, slope = sharp_sigmoid(tl.load(omega).to(tl.float32))
-        along = token_scale * tl.sum(dgates * p, 1)
+        along = token_scale * sum_runs(dgates * p, P1 * P2)
         if intuition is not None:
-            along -= task_scale * tl.sum(dgates * external, 1)
+            along -= task_scale * sum_runs(dgates * external, P1 * P2)
         tl.store(dscalars + 2 * rows, slope * along, mask=exists)
 
 
@@ -204,7 +256,7 @@ def grid_forward(
     intuition: Tensor | None, row_map: Tensor | None, bias: Tensor | None, y: Tensor,
     token_scale: float, task_scale: float, diagonal: bool, accumulate: bool,
 ) -> Tensor:  # fmt: skip
-    """``ops.grid_forward`` in three launches: shrink, the mix, expand."""
+    """``ops.grid_forward``: shrink, the mix and expand in three launches or two."""
     rows, out, index = _check(
         x, lora_down, lora_up, router, omega, beta, intuition, row_map, y, "y", diagonal
     )
@@ -213,12 +265,22 @@ def grid_forward(
     T, gates, r1, r2 = rows.count, len(router), len(lora_down), len(lora_up)
     saved = x.new_empty((T, gates + r1), dtype=torch.float32)
     logits, hidden, parts = _shrink.run(rows, router, lora_down, saved, saved.view(-1)[T * gates :])
-    mixed = launch.workspace(x, T, r2)
-    _mix(
-        mix, T, r1, r2, diagonal, logits, hidden, saved, omega, beta, intuition, *index,
-        mixed.data, T, mixed.stride, token_scale, task_scale, parts,
-    )  # fmt: skip
-    _expand.run(out, mixed, lora_up, accumulate=accumulate, bias=bias)
+    constants, tile = _constants(r1, r2, diagonal)
+    own = tiles.own_mix(T, constants["P1"] * constants["P2"])
+    mixed = launch.workspace(x, (_expand.strips(out) if own else 1) * T, r2)
+    expand = _expand.plan(out, mixed, lora_up, accumulate=accumulate, bias=bias)
+    gate = (logits, hidden, saved, omega, beta, intuition, index)
+    if own:
+        mix_and_expand[expand.grid](
+            *expand.arguments, *gate, token_scale, task_scale, PARTS=parts, BT_MIX=own,
+            **constants, **expand.constants,
+        )  # fmt: skip
+    elif T:
+        mix[(tiles.cdiv(T, tile.BT),)](
+            *gate, mixed.data, T, mixed.stride, token_scale, task_scale, PARTS=parts, BT=tile.BT,
+            **constants, **launch.options(tile.warps, 1),
+        )  # fmt: skip
+        expand.run(_expand.expand_rows)
     return saved
 
 
@@ -242,12 +304,14 @@ def grid_backward(
     dscalars = x.new_empty((T, 2), dtype=torch.float32) if need_dparams else None
     dintuition = x.new_empty((T if need_dintuition else 0, gates), dtype=torch.float32)
     dmixed, _, parts = _shrink.run(dy_rows, lora_up)
-    _mix(
-        mix_backward, T, r1, r2, diagonal, dmixed, hidden, omega, beta, intuition, *index,
-        dlogits.data, dhidden.data, mixed and mixed.data, dscalars,
-        dintuition if need_dintuition else None, T, dlogits.stride, dhidden.stride,
-        launch.pitch(r2), token_scale, task_scale, parts,
-    )  # fmt: skip
+    constants, tile = _constants(r1, r2, diagonal)
+    if T:
+        mix_backward[(tiles.cdiv(T, tile.BT),)](
+            dmixed, hidden, omega, beta, intuition, index, dlogits.data, dhidden.data,
+            mixed and mixed.data, dscalars, dintuition if need_dintuition else None, T,
+            dlogits.stride, dhidden.stride, launch.pitch(r2), token_scale, task_scale, PARTS=parts,
+            BT=tile.BT, **constants, **launch.options(tile.warps, 1),
+        )  # fmt: skip
     if need_dx:
         dx_rows = launch.rows_like(dx, x, x.shape, "dx")
         _expand.run(dx_rows, dlogits, router, dhidden, lora_down, accumulate=accumulate)
@@ -301,13 +365,9 @@ def _check(
     return rows, launch.rows_like(out, x, (*x.shape[:-1], N), name), index
 
 
-def _mix(kernel, T: int, r1: int, r2: int, diagonal: bool, *arguments) -> None:
-    """Launch a row kernel over T tokens."""
+def _constants(r1: int, r2: int, diagonal: bool) -> tuple[dict, tiles.Mix]:
+    """What the kernels of the mix are compiled for but its tile, and that."""
     R1, P1 = (1, 1) if diagonal else (r1, tiles.power_of_2(r1))
     P2 = tiles.power_of_2(r2)
-    tile = tiles.mix(P1 * P2, 1024)  # all parts of a shrink are loaded at once
-    if T:
-        kernel[(tiles.cdiv(T, tile.BT),)](
-            *arguments, R1=R1, R2=r2, P1=P1, P2=P2, DIAGONAL=diagonal, BT=tile.BT,
-            **launch.options(tile.warps, 1),
-        )  # fmt: skip
+    constants = {"R1": R1, "R2": r2, "P1": P1, "P2": P2, "DIAGONAL": diagonal}
+    return constants, tiles.mix(P1 * P2, 1024)  # all parts of a shrink are loaded at once

@@ -17,8 +17,17 @@ from . import expand as _expand
 from . import launch, tiles
 from . import outer as _outer
 from . import shrink as _shrink
-from .device import in_eights, padded, row_keys, row_softmax, row_softmax_backward
-from .shrink import add_counted
+from .device import (
+    exponentials,
+    in_eights,
+    padded,
+    row_keys,
+    shares,
+    softmax_backward,
+    sum_runs,
+)
+from .expand import expand_strip
+from .shrink import add_parts
 
 # The numbers of ops.NORMALIZATIONS.
 NONE: tl.constexpr = tl.constexpr(ops.NORMALIZATIONS["none"])
@@ -127,7 +136,7 @@ def load_last_row(projection, E: tl.constexpr, RANK: tl.constexpr, EP: tl.conste
 @triton.jit
 def sum_experts(v, EXPERTS: tl.constexpr):
     """v [BT, EXPERTS * columns of each], summed over those: [BT, EXPERTS]."""
-    return tl.sum(tl.reshape(v, [v.shape[0], EXPERTS, v.shape[1] // EXPERTS]), 2)
+    return tl.reshape(sum_runs(v, v.shape[1] // EXPERTS), [v.shape[0], EXPERTS])
 
 
 @triton.jit
@@ -203,7 +212,7 @@ def gate(
         total = tl.zeros([BT, GROUP], tl.float32)
         for group in range(GROUPS):
             total += expert_means(tile, means, group, BT, E, RANK, WIDTH, C, GROUP)
-        mean = tl.sum(total, 1) / feeding
+        mean = sum_runs(total, GROUP) / feeding
 
     logits, squares = tl.zeros([BT, EP], tl.float32), tl.zeros([BT, C], tl.float32)
     spread = tl.zeros([BT, GROUP], tl.float32)
@@ -230,23 +239,14 @@ def gate(
             spread += difference * difference
 
     if NORMALIZATION == L2:
-        inverse = inverse_norm(tl.sum(squares, 1))
+        inverse = inverse_norm(sum_runs(squares, C))
         logits *= inverse[:, None]
     if NORMALIZATION == LAYERNORM:
-        variance = (tl.sum(squares, 1) / N + tl.sum(spread, 1)) / feeding
+        variance = (sum_runs(squares, C) / N + sum_runs(spread, GROUP)) / feeding
         inverse = 1 / tl.sqrt(variance + VARIANCE_EPSILON)
         last = load_last_row(projection, E, RANK, EP)
         logits = (logits + mean[:, None] * last[None, :]) * inverse[:, None]
     return logits, inverse, mean
-
-
-# ---------------------------------------------------------------- kernels
-
-# Numbers that depend on the tokens, and pointers to what callers own: a row's sums go in an order
-# that the compiler chooses, so a token needs the same kernel whatever there is beside it.
-_NOT_SPECIALIZED = [
-    "T", "N", "parts", "dgates", "projection", "factors", "means", "scales", "tau", "mask", "fed",
-]  # fmt: skip
 
 
 @triton.jit
@@ -257,32 +257,36 @@ def slice_columns(j, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, S: t
     return expert * RANK + row, (expert < E) & (row < RANK)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
-def mix(
-    hidden_parts, parts, hidden, projection, factors, means, scales, tau, mask, fed, gates, mixed,
-    T, N, pitch, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
-    C: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, NORMALIZATION: tl.constexpr,
-    BT: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def mix_parts(
+    hidden_parts, saved, hidden, projection, factors, means, scales, tau, mask, fed, gates, mixed,
+    T, N, pitch, tile, writes, PARTS: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr,
+    EP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
+    NORMALIZATION: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From a shrink's parts to gates [T, E] and `mixed` [T, E * RANK].  Grid: row tiles.
+    """A tile of BT tokens from a shrink's parts to `mixed` [T, E * RANK].
 
     Args:
         hidden: float32 [T, E * RANK], written unless a single part lies there.
+        saved: the same, or another such tensor, written then if `writes`.
         mask, fed: bool [E] or None, which experts may be used and which feed the gate.
-        mixed: pitch (in eights) from row to row.
+        gates: float32 [T, E], written if `writes`.
+        mixed: pitch (in eights) from row to row; written.
     """
     R: tl.constexpr = E * RANK
-    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    rows = tl.cast(tile, tl.int64) * BT + tl.arange(0, BT)
     exists = rows < T
     tokens = T.to(tl.int64)
     n = tl.arange(0, EP)
-    if parts > 1:
+    if PARTS > 1:
         for first in range(0, R, C):
             column = first + tl.arange(0, C)
             at = rows[:, None] * R + column[None, :]
             mask_h = exists[:, None] & (column < R)[None, :]
-            h = add_counted(hidden_parts, at, tokens * R, mask_h, parts)
+            h = add_parts(hidden_parts, at, tokens * R, mask_h, PARTS)
             tl.store(hidden + at, h, mask=mask_h)
+            if saved is not None:
+                tl.store(saved + at, h, mask=mask_h & writes)
         tl.debug_barrier()  # other threads of the block read it
     logits, _, _ = gate(
         (hidden, fed, rows, exists), projection, factors, means, N, BT, E, RANK, EP, WIDTH, C,
@@ -291,8 +295,10 @@ def mix(
     logits *= 1 / tl.load(tau)
     if mask is not None:
         logits = tl.where(feeds(mask, n, n < E)[None, :], logits, float("-inf"))
-    g = row_softmax(logits, row_keys(logits, E))
-    tl.store(gates + rows[:, None] * E + n[None, :], g, mask=exists[:, None] & (n < E)[None, :])
+    p = exponentials(logits, row_keys(logits, E))
+    g = shares(p, p)
+    mask_n = exists[:, None] & (n < E)[None, :] & writes
+    tl.store(gates + rows[:, None] * E + n[None, :], g, mask=mask_n)
 
     weights = g * tl.load(scales + n, mask=n < E, other=0.0)[None, :]
     for j in range(0, RANK, S):
@@ -303,12 +309,67 @@ def mix(
         tl.store(at, times_experts(h, weights).to(mixed.dtype.element_ty), mask=mask_h)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=["T"])
+def mix(
+    hidden_parts, hidden, projection, factors, means, scales, tau, mask, fed, gates, mixed, T, N,
+    pitch, PARTS: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
+    NORMALIZATION: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """See :func:`mix_parts`.  Grid: tiles of tokens."""
+    mix_parts(
+        hidden_parts, None, hidden, projection, factors, means, scales, tau, mask, fed, gates,
+        mixed, T, N, pitch, tl.program_id(0), True, PARTS, E, RANK, EP, WIDTH, C, GROUP, S,
+        NORMALIZATION, BT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "threshold", "walk"])
+def mix_and_expand(
+    y, left_a, a, left_b, b, bias, seed, T, N, stride_y, pitch_a, pitch_b, threshold, walk,
+    hidden_parts, saved, hidden, projection, factors, means, scales, tau, mask, fed, gates,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, ROWS_B: tl.constexpr,
+    BRB: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, E: tl.constexpr,
+    RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
+    GROUP: tl.constexpr, S: tl.constexpr, NORMALIZATION: tl.constexpr,
+    BT_MIX: tl.constexpr, PRECISION_MIX: tl.constexpr,
+):  # fmt: skip
+    """An expand whose blocks mix all tokens by themselves, of which there are at most BT_MIX.
+
+    Grid: strips of columns.
+
+    Args:
+        left_a: [strips, T, E * RANK], pitch_a from row to row; each block's own.
+        hidden: float32 [strips, T, E * RANK], likewise; of a single part `saved`, which all read.
+    """
+    strip = tl.program_id(0)
+    first = (strip * T).to(tl.int64)
+    mixed = left_a + first * pitch_a
+    if PARTS > 1:
+        hidden += first * (E * RANK)
+    expand_strip(
+        y, stride_y, mixed, pitch_a, a, left_b, pitch_b, b, bias, seed, threshold, strip,
+        tl.cast(0, tl.int64), T, N, GROUPS, ROWS, BR, ROWS_B, BRB, BT, BN, WIDE, ACCUMULATE,
+        PRECISION, MIX=mix_parts,
+        mixing=(
+            hidden_parts, saved, hidden, projection, factors, means, scales, tau, mask, fed, gates,
+            mixed, T, N, pitch_a, 0, strip == 0, PARTS, E, RANK, EP, WIDTH, C, GROUP, S,
+            NORMALIZATION, BT_MIX, PRECISION_MIX,
+        ),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
 def mix_backward(
-    dmixed_parts, parts, hidden, gates, dgates, projection, factors, means, scales, tau, fed,
-    dhidden, normalized, dlogits, dtau, T, N, pitch, E: tl.constexpr, RANK: tl.constexpr,
-    EP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
-    NORMALIZATION: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
+    dmixed_parts, hidden, gates, dgates, projection, factors, means, scales, tau, fed,
+    dhidden, normalized, dlogits, dtau, T, N, pitch, PARTS: tl.constexpr, E: tl.constexpr,
+    RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
+    GROUP: tl.constexpr, S: tl.constexpr, NORMALIZATION: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
     """From the parts of a shrink of dy to all gradients.  Grid: row tiles.
 
@@ -343,15 +404,15 @@ def mix_backward(
         at = rows[:, None] * R + column[None, :]
         mask_h = exists[:, None] & exists_column[None, :]
         h = tl.load(hidden + at, mask=mask_h, other=0.0)
-        d = add_counted(dmixed_parts, at, tokens * R, mask_h, parts)
+        d = add_parts(dmixed_parts, at, tokens * R, mask_h, PARTS)
         dg += sum_experts(h * d, EP)
     dg *= tl.load(scales + n, mask=n < E, other=0.0)[None, :]
     if dgates is not None:
         dg += tl.load(dgates + at_n, mask=mask_n, other=0.0)
     inverse_tau = 1 / tl.load(tau)
     g = tl.load(gates + at_n, mask=mask_n, other=0.0)
-    delta = inverse_tau * row_softmax_backward(g, dg)
-    along = tl.sum(delta * logits, 1)
+    delta = inverse_tau * softmax_backward(g, dg)
+    along = sum_runs(delta * logits, EP)
     tl.store(dlogits + at_n, delta, mask=mask_n)
     tl.store(dtau + rows, -inverse_tau * along, mask=exists)
     tl.debug_barrier()  # other threads of the block read dlogits
@@ -359,7 +420,7 @@ def mix_backward(
     # Through the product with P and the norm ν: with u = H / ν, dH = du / ν - <du, u> dν/dH / ν.
     if NORMALIZATION == LAYERNORM:
         feeding = count_feeding(fed, E, EP)
-        dmean = tl.sum(delta * load_last_row(projection, E, RANK, EP)[None, :], 1)
+        dmean = sum_runs(delta * load_last_row(projection, E, RANK, EP)[None, :], EP)
         tl.store(normalized + rows * ROWS + R, mean * inverse, mask=exists)
     inverses = tl.broadcast_to(inverse[:, None], [BT, GROUP])
     alongs = tl.broadcast_to(along[:, None], [BT, GROUP])
@@ -408,7 +469,7 @@ def mix_backward(
                     dh += times_experts(tl.broadcast_to(m[None, :], [BT, C]), dmeans)
                 dh = tl.where(feeds(fed, expert, exists_column)[None, :], dh, 0.0)
                 at = rows[:, None] * R + column[None, :]
-                d = add_counted(dmixed_parts, at, tokens * R, mask_h, parts)
+                d = add_parts(dmixed_parts, at, tokens * R, mask_h, PARTS)
                 w = tl.load(gates + rows[:, None] * E + expert[None, :], mask=mask_h, other=0.0)
                 w *= tl.load(scales + expert, mask=exists_column, other=0.0)[None, :]
                 dh += w * d
@@ -424,7 +485,7 @@ def output_gate_forward(
     means: Tensor | None, scales: Tensor, tau: Tensor, mask: Tensor | None, bias: Tensor | None,
     y: Tensor, normalization: int, mask_input: bool, accumulate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``ops.output_gate_forward`` in three launches: shrink, the mix, expand."""
+    """``ops.output_gate_forward``: shrink, the mix and expand in three launches or two."""
     rows = launch.experts(x, lora_down, lora_up)
     T, (E, r, N) = rows.count, lora_up.shape
     out = launch.rows_like(y, x, (*x.shape[:-1], N), "y")
@@ -432,13 +493,26 @@ def output_gate_forward(
         launch.check_like(bias, x, (N,), "bias")
     _check(E, r, projection, factors, means, scales, tau, mask, normalization)
     hidden, gates = (x.new_empty((T, n), dtype=torch.float32) for n in (E * r, E))
-    mixed = launch.workspace(x, T, E * r)
-    parts, _, count = _shrink.run(rows, lora_down, None, hidden)
-    _mix(
-        mix, T, E, r, normalization, parts, count, hidden, projection, factors, means, scales, tau,
-        mask, mask if mask_input else None, gates, mixed.data, T, N, mixed.stride,
-    )  # fmt: skip
-    _expand.run(out, mixed, lora_up, accumulate=accumulate, bias=bias)
+    sums, _, parts = _shrink.run(rows, lora_down, None, hidden)
+    constants, tile = _constants(E, r, normalization)
+    own = tiles.own_mix(T, tiles.power_of_2(E) * constants["WIDTH"])
+    copies = _expand.strips(out) if own else 1
+    mixed = launch.workspace(x, copies * T, E * r)
+    expand = _expand.plan(out, mixed, lora_up, accumulate=accumulate, bias=bias)
+    fed = mask if mask_input else None
+    gate = (projection, factors, means, scales, tau, mask, fed, gates)
+    if own:
+        others = hidden if parts == 1 else hidden.new_empty((copies, T, E * r))
+        mix_and_expand[expand.grid](
+            *expand.arguments, sums, hidden, others, *gate, PARTS=parts, BT_MIX=max(own, tile.BT),
+            PRECISION_MIX=constants.pop("PRECISION"), **constants, **expand.constants,
+        )  # fmt: skip
+    elif T:
+        mix[(tiles.cdiv(T, tile.BT),)](
+            sums, hidden, *gate, mixed.data, T, N, mixed.stride, PARTS=parts, BT=tile.BT,
+            **constants, **launch.options(tile.warps, 1),
+        )  # fmt: skip
+        expand.run(_expand.expand_rows)
     return hidden, gates
 
 
@@ -463,12 +537,15 @@ def output_gate_backward(
     normalized = dx.new_empty((T, projection.shape[0]), **wide)
     dlogits, dtau = dx.new_empty((T, E), **wide), dx.new_empty((T, 1), **wide)
     dhidden = launch.workspace(dx, T, E * r) if need_dx else None
-    parts, _, count = _shrink.run(dy_rows, lora_up)
-    _mix(
-        mix_backward, T, E, r, normalization, parts, count, hidden, gates, dgates, projection,
-        factors, means, scales, tau, mask if mask_input else None, dhidden and dhidden.data,
-        normalized, dlogits, dtau, T, N, launch.pitch(E * r),
-    )  # fmt: skip
+    sums, _, parts = _shrink.run(dy_rows, lora_up)
+    constants, tile = _constants(E, r, normalization)
+    if T:
+        mix_backward[(tiles.cdiv(T, tile.BT),)](
+            sums, hidden, gates, dgates, projection, factors, means, scales, tau,
+            mask if mask_input else None, dhidden and dhidden.data, normalized, dlogits, dtau, T,
+            N, launch.pitch(E * r), PARTS=parts, BT=tile.BT, **constants,
+            **launch.options(tile.warps, 1),
+        )  # fmt: skip
     if need_dx:
         _expand.run(dx_rows, dhidden, lora_down, accumulate=accumulate)
     values = launch.rows_of(dtau, "dtau")
@@ -506,13 +583,12 @@ def _check_wide(t: Tensor, shape: tuple[int, ...], name: str) -> None:
         )
 
 
-def _mix(kernel, T: int, E: int, r: int, normalization: int, *arguments) -> None:
-    """Launch a row kernel over T tokens."""
-    tile = tiles.output_gate(E, r)
-    width = tiles.power_of_2(r)
-    if T:
-        kernel[(tiles.cdiv(T, tile.BT),)](
-            *arguments, E=E, RANK=r, EP=tile.EP, WIDTH=width, C=tile.C,
-            GROUP=max(tile.C // width, 1), S=tile.S, NORMALIZATION=normalization, BT=tile.BT,
-            PRECISION=launch.precision(torch.float32), **launch.options(tile.warps, 1),
-        )  # fmt: skip
+def _constants(E: int, r: int, normalization: int) -> tuple[dict, tiles.OutputGate]:
+    """What the kernels of the mix are compiled for but its tokens, and its tile."""
+    tile, width = tiles.output_gate(E, r), tiles.power_of_2(r)
+    constants = {
+        "E": E, "RANK": r, "EP": tile.EP, "WIDTH": width, "C": tile.C,
+        "GROUP": max(tile.C // width, 1), "S": tile.S, "NORMALIZATION": normalization,
+        "PRECISION": launch.precision(torch.float32),
+    }  # fmt: skip
+    return constants, tile

@@ -68,11 +68,14 @@ def logit_gradients(
 
 
 @triton.jit
-def store_prob_sums(prob_sums, p, exists, tile, E: tl.constexpr):
-    """Row `tile` of prob_sums [tiles, E]: the softmax summed over the tile's tokens that exist."""
+def store_prob_sums(prob_sums, p, exists, tile, E: tl.constexpr, writes=True):
+    """Row `tile` of prob_sums [tiles, E]: the softmax summed over the tile's tokens that exist.
+
+    Nothing is stored unless `writes`.
+    """
     e = tl.arange(0, p.shape[1])
     probs = tl.where(exists[:, None], shares(p, p), 0.0)
-    tl.store(prob_sums + tile * E + e, tl.sum(probs, 0), mask=e < E)
+    tl.store(prob_sums + tile * E + e, tl.sum(probs, 0), mask=(e < E) & writes)
 
 
 @triton.jit

@@ -15,8 +15,6 @@ from torch import Tensor
 from . import launch, tiles
 from .device import in_eights, keep_mask, padded
 
-MOST_PARTS: tl.constexpr = tl.constexpr(tiles.MOST_SEGMENTS)
-
 
 @triton.jit
 def shrink_tile(
@@ -91,22 +89,6 @@ def add_parts(parts, at, stride, mask, PARTS: tl.constexpr):
             rest += tl.load(parts + p * stride + at, mask=mask, other=0.0)
         total += rest
     return total
-
-
-@triton.jit
-def add_counted(parts, at, stride, mask, count):
-    """:func:`add_parts` of `count` parts, a number that the kernel is not compiled for.
-
-    A mix that sums along a row by ``tl.sum`` depends in its order on the kernel; with this, all
-    numbers of tokens have the same one.
-    """
-    total = tl.load(parts + at, mask=mask, other=0.0)
-    for p in tl.static_range(1, 4):
-        total += tl.load(parts + p * stride + at, mask=mask & (count > p), other=0.0)
-    rest = tl.load(parts + 4 * stride + at, mask=mask & (count > 4), other=0.0)
-    for p in tl.static_range(5, MOST_PARTS):
-        rest += tl.load(parts + p * stride + at, mask=mask & (count > p), other=0.0)
-    return total + rest
 
 
 @triton.jit(do_not_specialize=["T", "threshold"])

@@ -8,7 +8,10 @@ of features alone; registers, as the mix comes on top of a product's accumulator
 multiprocessors read again, which is the rows of every expert once per tile of tokens.
 """
 
+from math import prod
 from typing import NamedTuple
+
+from ..strategy import DECODE_TOKENS, L2, LAUNCH
 
 
 class Arch(NamedTuple):
@@ -216,6 +219,31 @@ class Mix(NamedTuple):
 def mix(columns: int, values: int = 4096) -> Mix:
     """The tile of a mix with this many columns, padding included: so many values in 4 warps."""
     return Mix(max(1, min(64, values // columns)), 4 if columns <= values else 8)
+
+
+def own_mix(tokens: int, columns: int) -> int | None:
+    """Tokens in the tile of a mix that every block of an expand does by itself.
+
+    None if it had better be a launch: for many tokens, or if a block cannot hold all of them with
+    their columns, padding included.  To read eight partial sums of as much takes a block half of
+    what a launch costs (by the model of ``strategy``).
+    """
+    BT = power_of_2(tokens)
+    return BT if 0 < tokens <= DECODE_TOKENS and BT <= mix(columns).BT else None
+
+
+def own_merge(
+    tokens: int, sequences: int, down: tuple[int, ...], up: tuple[int, ...], itemsize: int
+) -> int | None:
+    """Tokens of a tile that holds a sequence, whose merged factors every block makes for itself.
+
+    None if merging had better be a launch, for all sequences at once: for many tokens, or if every
+    sequence reading the experts ``[E, r, K]`` and ``[E, r, N]`` takes longer than that launch.
+    """
+    length = tokens // max(sequences, 1)
+    moved = sequences * itemsize * (prod(down) + prod(up))
+    few = 0 < tokens <= DECODE_TOKENS and moved <= LAUNCH * L2
+    return own_mix(length, power_of_2(down[1])) if few else None
 
 
 class OutputGate(NamedTuple):

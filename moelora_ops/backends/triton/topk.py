@@ -46,7 +46,7 @@ def scaled(weights, hidden, scale, BT: tl.constexpr, EP: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def forward_tile(
-    hidden, logits, rows, exists, tile, T, saved, mixed, pitch, counts, prob_sums, scale,
+    hidden, logits, rows, exists, tile, T, saved, mixed, pitch, counts, prob_sums, scale, writes,
     E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr,
     TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, SAVE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,8 @@ def forward_tile(
     Args:
         saved: float32, see above; SAVE writes hidden and logits too.
         mixed: [T, E * RANK], pitch (in eights) from row to row.
-        counts, prob_sums: [tiles, E], int32 and float32; row `tile` gets this tile's sums.
+        counts, prob_sums: [tiles, E], integers and float32; row `tile` gets this tile's sums.
+        writes: whether anything is written beside `mixed`.
     """
     e = tl.arange(0, EP)
     keys = row_keys(logits, E)
@@ -69,19 +70,42 @@ def forward_tile(
     mask = exists[:, None] & exists_column[None, :]
     at_logits = saved + T.to(tl.int64) * R
     if SAVE:
-        tl.store(saved + rows[:, None] * R + column[None, :], hidden, mask=mask)
-        mask_e = exists[:, None] & (e < E)[None, :]
+        tl.store(saved + rows[:, None] * R + column[None, :], hidden, mask=mask & writes)
+        mask_e = exists[:, None] & (e < E)[None, :] & writes
         tl.store(at_logits + rows[:, None] * E + e[None, :], logits, mask=mask_e)
     at_last = at_logits + T.to(tl.int64) * E
-    tl.store(at_last + rows, last.to(tl.float32, bitcast=True), mask=exists)
+    tl.store(at_last + rows, last.to(tl.float32, bitcast=True), mask=exists & writes)
 
     out = scaled(weights, hidden, scale, BT, EP, WIDTH).to(mixed.dtype.element_ty)
     at = mixed + rows[:, None] * in_eights(pitch, True) + column[None, :]
     tl.store(at, out, mask=mask)
 
     counted = tl.where(exists[:, None] & chosen, 1, 0)
-    tl.store(counts + tile * E + e, tl.sum(counted, 0), mask=e < E)
-    store_prob_sums(prob_sums, p, exists, tile, E)
+    tl.store(counts + tile * E + e, tl.sum(counted, 0), mask=(e < E) & writes)
+    store_prob_sums(prob_sums, p, exists, tile, E, writes)
+
+
+@triton.jit
+def mix_parts(
+    hidden_parts, logits_parts, saved, mixed, counts, prob_sums, T, pitch, scale, tile, writes,
+    PARTS: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """:func:`forward_tile` from a shrink's parts, of which a single one lies in `saved`."""
+    rows = tl.cast(tile, tl.int64) * BT + tl.arange(0, BT)
+    exists = rows < T
+    e = tl.arange(0, EP)
+    column, exists_column = padded(tl.arange(0, EP * WIDTH), E, RANK, WIDTH)
+    R: tl.constexpr = E * RANK
+    tokens = T.to(tl.int64)
+    mask, mask_e = exists[:, None] & exists_column[None, :], exists[:, None] & (e < E)[None, :]
+    at, at_e = rows[:, None] * R + column[None, :], rows[:, None] * E + e[None, :]
+    forward_tile(
+        add_parts(hidden_parts, at, tokens * R, mask, PARTS),
+        add_parts(logits_parts, at_e, tokens * E, mask_e, PARTS), rows, exists, tile, T, saved,
+        mixed, pitch, counts, prob_sums, scale, writes, E, RANK, EP, WIDTH, TOP_K, RENORMALIZE,
+        PARTS > 1, BT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -149,8 +173,8 @@ def shrink_and_mix(
     )  # fmt: skip
     forward_tile(
         first_columns(hidden, BT, EP * WIDTH), first_columns(logits, BT, EP), rows, exists, tile, T,
-        saved, mixed, pitch, counts, prob_sums, scale, E, RANK, EP, WIDTH, TOP_K, RENORMALIZE, True,
-        BT,
+        saved, mixed, pitch, counts, prob_sums, scale, True, E, RANK, EP, WIDTH, TOP_K, RENORMALIZE,
+        True, BT,
     )  # fmt: skip
 
 
@@ -160,21 +184,41 @@ def mix(
     PARTS: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr,
     WIDTH: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """From a shrink's parts to `mixed`; a single part lies in `saved`.  Grid: row tiles."""
-    tile = tl.program_id(0).to(tl.int64)
-    rows = tile * BT + tl.arange(0, BT)
-    exists = rows < T
-    e = tl.arange(0, EP)
-    column, exists_column = padded(tl.arange(0, EP * WIDTH), E, RANK, WIDTH)
-    R: tl.constexpr = E * RANK
-    tokens = T.to(tl.int64)
-    mask, mask_e = exists[:, None] & exists_column[None, :], exists[:, None] & (e < E)[None, :]
-    at, at_e = rows[:, None] * R + column[None, :], rows[:, None] * E + e[None, :]
-    forward_tile(
-        add_parts(hidden_parts, at, tokens * R, mask, PARTS),
-        add_parts(logits_parts, at_e, tokens * E, mask_e, PARTS), rows, exists, tile, T, saved,
-        mixed, pitch, counts, prob_sums, scale, E, RANK, EP, WIDTH, TOP_K, RENORMALIZE, PARTS > 1,
-        BT,
+    """See :func:`mix_parts`.  Grid: row tiles."""
+    mix_parts(
+        hidden_parts, logits_parts, saved, mixed, counts, prob_sums, T, pitch, scale,
+        tl.program_id(0), True, PARTS, E, RANK, EP, WIDTH, TOP_K, RENORMALIZE, BT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "threshold", "walk"])
+def mix_and_expand(
+    y, left_a, a, left_b, b, bias, seed, T, N, stride_y, pitch_a, pitch_b, threshold, walk,
+    hidden_parts, logits_parts, saved, counts, prob_sums, scale, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, BR: tl.constexpr, ROWS_B: tl.constexpr, BRB: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr, WIDE: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, EP: tl.constexpr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BT_MIX: tl.constexpr,
+):  # fmt: skip
+    """An expand whose blocks mix all tokens by themselves, of which there are at most BT_MIX.
+
+    Grid: strips of columns.
+
+    Args:
+        left_a: [strips, T, E * RANK], pitch_a from row to row; each block's own.
+        hidden_parts, logits_parts: see :func:`mix_parts`.
+        counts, prob_sums: [E].
+    """
+    strip = tl.program_id(0)
+    mixed = left_a + (strip * T).to(tl.int64) * pitch_a
+    expand_strip(
+        y, stride_y, mixed, pitch_a, a, left_b, pitch_b, b, bias, seed, threshold, strip,
+        tl.cast(0, tl.int64), T, N, GROUPS, ROWS, BR, ROWS_B, BRB, BT, BN, WIDE, ACCUMULATE,
+        PRECISION, MIX=mix_parts,
+        mixing=(
+            hidden_parts, logits_parts, saved, mixed, counts, prob_sums, T, pitch_a, scale, 0,
+            strip == 0, PARTS, E, RANK, EP, WIDTH, TOP_K, RENORMALIZE, BT_MIX,
+        ),
     )  # fmt: skip
 
 
@@ -254,7 +298,7 @@ def topk_forward(
     seed: Tensor | None, y: Tensor, top_k: int, scale: float, renormalize: bool, dropout: float,
     dropout_per_expert: bool, stacked: bool, accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``ops.topk_forward``: two launches (shrink with the mix, expand), or three; or grouped."""
+    """``ops.topk_forward``: shrink, the mix and expand in two launches or three; or grouped."""
     rows, out = _check(x, lora_down, lora_up, router, y, "y", top_k)
     T, K, (E, r, _) = rows.count, rows.columns, lora_down.shape
     if bias is not None:
@@ -271,14 +315,27 @@ def topk_forward(
         )  # fmt: skip
         return saved, counts, prob_sums
 
-    mixed = launch.workspace(x, T, E * r)
     constants, columns = _constants(E, r, top_k, renormalize)
-    tile = tiles.mix(columns)
     fused = tiles.fused_shrink(
         T, K, columns, constants["EP"], x.element_size(), launch.arch(), masks.seed is not None
     )
     if masks.groups > 1:
         fused = None
+    own = None if fused else tiles.own_mix(T, columns)
+    copies = _expand.strips(out) if own else 1
+    mixed = launch.workspace(x, copies * T, E * r)
+    plan = _expand.plan(out, mixed, lora_up, accumulate=accumulate, bias=bias)
+    if not fused:
+        logits = saved[T * E * r :]
+        hidden, logits, parts = _shrink.run(rows, lora_down, router, saved, logits, masks)
+    if own:
+        mix_and_expand[plan.grid](
+            *plan.arguments, hidden, logits, saved, counts, prob_sums, scale * kept, PARTS=parts,
+            BT_MIX=own, **constants, **plan.constants,
+        )  # fmt: skip
+        return saved, counts, prob_sums
+
+    tile = tiles.mix(columns)
     count = tiles.cdiv(T, (fused or tile).BT)
     tile_counts = x.new_empty((count, E), dtype=torch.int32)
     tile_sums = x.new_empty((count, E), dtype=_WIDE)
@@ -291,13 +348,10 @@ def topk_forward(
             **launch.options(fused.warps, fused.stages),
         )  # fmt: skip
     else:
-        logits = saved[T * E * r :]
-        hidden, logits, parts = _shrink.run(rows, lora_down, router, saved, logits, masks)
         mix[(count,)](
             hidden, logits, saved, mixed.data, tile_counts, tile_sums, T, mixed.stride,
             scale * kept, PARTS=parts, BT=tile.BT, **constants, **launch.options(tile.warps, 1),
         )  # fmt: skip
-    plan = _expand.plan(out, mixed, lora_up, accumulate=accumulate, bias=bias)
     strips, walks = plan.grid
     expand_and_count[(strips + 1, walks)](
         *plan.arguments, counts, prob_sums, tile_counts, tile_sums, count, E=E, EP=constants["EP"],
