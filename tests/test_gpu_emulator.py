@@ -65,6 +65,18 @@ def test_every_space_by_generic_addresses():
     assert torch.equal(y, torch.arange(32, dtype=torch.int32) + 40)
 
 
+def test_addresses_of_32_bits_wrap_around():
+    """As compilers expect that split one between a register, then negative, and an instruction."""
+    y = zeros(32)
+    body = """
+        mov.u32 %r1, memory;  shl.b32 %r2, %r0, 2;  add.u32 %r1, %r1, %r2;  sub.u32 %r1, %r1, 128;
+        st.shared.u32 [%r1+128], %r0;  ld.shared.u32 %r3, [%r1+128];
+        add.s64 %rd7, %rd0, %rd60;  st.global.u32 [%rd7], %r3;
+    """
+    launch(body, y, module=SHARED, shared=128)
+    assert torch.equal(y, torch.arange(32, dtype=torch.int32))
+
+
 def test_parameters_of_all_kinds():
     y = zeros(8, torch.float64)
     k = kernel(

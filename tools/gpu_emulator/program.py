@@ -81,9 +81,12 @@ class Address(NamedTuple):
     offset: int
 
     def of(self, wave) -> np.ndarray:
-        """int64 byte addresses [lanes] (or one for all)."""
-        base = wave.values[self.slot].astype(np.int64)
-        return base + self.offset if self.offset else base
+        """int64 byte addresses [lanes] (or one for all); of 32 bits they wrap around."""
+        base = wave.values[self.slot]
+        address = base.astype(np.int64)
+        if self.offset:
+            address += self.offset
+        return address & 0xFFFFFFFF if base.dtype.itemsize == 4 else address
 
 
 @dataclass

@@ -68,7 +68,8 @@ def sum_for_down(v, DIAGONAL: tl.constexpr):
     """[BT, rows of down] of v [BT, P1, P2]."""
     if DIAGONAL:
         return tl.reshape(v, [v.shape[0], v.shape[2]])
-    return tl.reshape(sum_runs(v, v.shape[2]), [v.shape[0], v.shape[1]])
+    else:
+        return tl.reshape(sum_runs(v, v.shape[2]), [v.shape[0], v.shape[1]])
 
 
 @triton.jit
