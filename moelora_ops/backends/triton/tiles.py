@@ -216,7 +216,11 @@ class Mix(NamedTuple):
     warps: int
 
 
-def mix(columns: int, values: int = 4096) -> Mix:
+# Values of hidden that 4 warps mix at once.
+_VALUES = 4096
+
+
+def mix(columns: int, values: int = _VALUES) -> Mix:
     """The tile of a mix with this many columns, padding included: so many values in 4 warps."""
     return Mix(max(1, min(64, values // columns)), 4 if columns <= values else 8)
 
@@ -229,7 +233,7 @@ def own_mix(tokens: int, columns: int) -> int | None:
     what a launch costs (by the model of ``strategy``).
     """
     BT = power_of_2(tokens)
-    return BT if 0 < tokens <= DECODE_TOKENS and BT <= mix(columns).BT else None
+    return BT if 0 < tokens <= DECODE_TOKENS and BT * columns <= _VALUES else None
 
 
 def own_merge(
