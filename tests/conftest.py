@@ -50,11 +50,11 @@ def cuda_library(request):
     compiler = subprocess.run(["nvcc", "--version"], check=True, capture_output=True).stdout
     contents = b"".join(path.read_bytes() for path in cuda_runtime.sources())
     key = hashlib.sha256(compiler + torch.__version__.encode() + contents).hexdigest()[:16]
-    place = request.config.cache.mkdir("cuda_emulated") / key
-    with place.with_suffix(".lock").open("w") as lock:  # tests may run in several processes
+    folder = request.config.cache.mkdir("cuda_emulated")
+    place, building = folder / key, folder / f"{key}.building"
+    with open(folder / "lock", "w") as lock:  # one of several pytest processes builds
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not place.exists():
-            building = place.with_suffix(".building")
             building.mkdir(exist_ok=True)
             cuda_runtime.build(building)
             building.rename(place)

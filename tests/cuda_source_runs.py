@@ -16,6 +16,7 @@ import traceback
 from typing import NamedTuple
 
 import cases
+import mixes
 import torch
 from cases import Shape
 
@@ -24,11 +25,38 @@ from tools.gpu_emulator import source
 
 
 class Case(NamedTuple):
+    """A layer with top-k routing."""
+
     shape: Shape
     dtype: torch.dtype
     multiprocessors: int
     launches: int  # forward and backward
     options: dict
+
+    def run(self) -> dict[str, torch.Tensor]:
+        inputs = cases.make_inputs(self.shape, self.dtype)
+        return cases.run(functional.mola, inputs, self.shape.k, **self.options)
+
+    def assert_within_budget(self, on) -> None:
+        cases.assert_within_budget(self.shape, self.dtype, on, draws=3, **self.options)
+
+
+class Mix(NamedTuple):
+    """A layer with a dense mix."""
+
+    name: str
+    variant: str
+    size: mixes.Size
+    dtype: torch.dtype
+    multiprocessors: int
+    launches: int
+
+    def run(self) -> dict[str, torch.Tensor]:
+        inputs = mixes.make_inputs(self.name, self.variant, self.size, self.dtype)
+        return mixes.run(mixes.MIXES[self.name].function, inputs)
+
+    def assert_within_budget(self, on) -> None:
+        mixes.assert_within_budget(on, self.name, self.variant, self.size, self.dtype, draws=3)
 
 
 SEED = torch.tensor([0x1234567890ABCDE])
@@ -46,29 +74,31 @@ CASES = {
         {"dropout": 0.3, "dropout_mode": "token", "seed": SEED, "renormalize": False},
     ),
     "double": Case(Shape(3, 5, 7, 2, 2, 1), torch.float64, 8, 8, {"renormalize": False}),
+    "gated": Mix("gated", "map-relu", mixes.Size((9,), 70, 25, 3, 3), torch.float32, 8, 8),
+    "grid": Mix("grid", "map", mixes.Size((20,), 40, 24, 3, 4), torch.bfloat16, 1, 6),
 }  # fmt: skip
 
 
 def check(library: str, case: str, seeds: list[int], bits: bool, budget: bool) -> None:
     """All gradients of a case; if asked for, the same bits for every seed, and the budget."""
-    shape, dtype, multiprocessors, launches, options = CASES[case]
+    chosen = CASES[case]
 
     @contextlib.contextmanager
     def on(seed=seeds[0]):
-        emulated = source.scheduled(library, multiprocessors=multiprocessors, seed=seed)
+        emulated = source.scheduled(library, multiprocessors=chosen.multiprocessors, seed=seed)
         with use_backend("cuda"), emulated as count:
             yield
-            assert count() == launches
+            assert count() == chosen.launches
 
-    inputs, first = cases.make_inputs(shape, dtype), None
+    first = None
     for seed in seeds:
         with on(seed):
-            got = cases.run(functional.mola, inputs, shape.k, **options)
+            got = chosen.run()
         first = first or got
         for name, value in first.items() if bits else ():
             assert torch.equal(got[name], value), (name, seed)
     if budget:
-        cases.assert_within_budget(shape, dtype, on, draws=3, **options)
+        chosen.assert_within_budget(on)
 
 
 def run(job: dict) -> tuple[int, str]:

@@ -12,10 +12,12 @@ Everything that an operator allocates on the device is filled with NaN first.
 
 import contextlib
 import ctypes
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,23 +68,31 @@ def build(directory: Path, archs: tuple[str, ...] = ("80", "90a"), nvcc: str = "
         library.runtime, "cc", "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.runtime.name}",
         RUNTIME,
     )  # fmt: skip
-    objects = []
     device_code = [nvcc, "-O3", "-std=c++20", "-lineinfo", "-Icsrc", "-ptx"]
     # Its device code, not even optimised, is never used, and is no binary for any card.
     host_code = [
         nvcc, "-O3", "-Xcicc=-O0", "-std=c++20", "-Icsrc", "-cudart=shared", "-Xcompiler=-fPIC",
         "-gencode=arch=compute_80,code=compute_80", "-c",
     ]  # fmt: skip
-    for source in SOURCES:
-        for arch in archs:
-            ptx = directory / f"{source.stem}.compute_{arch}.ptx"
-            compile(ptx, *device_code, f"-arch=compute_{arch}", source)
-        objects.append(compile(directory / f"{source.stem}.o", *host_code, source))
+    for_emulator = [
+        (directory / f"{source.stem}.{arch}.ptx", *device_code, f"-arch={arch}", source)
+        for source in SOURCES
+        for arch in (f"compute_{arch}" for arch in archs)
+    ]
+    for_host = [(directory / f"{source.stem}.o", *host_code, source) for source in SOURCES]
+    with compilers() as pool:
+        made = list(pool.map(lambda task: compile(*task), for_emulator + for_host))
+        objects = made[len(for_emulator) :] + compile_bindings(directory, pool)
     compile(
-        library.module, "c++", "-shared", *objects, *compile_bindings(directory), library.runtime,
-        f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-Wl,-rpath,$ORIGIN",
+        library.module, "c++", "-shared", *objects, library.runtime, f"-L{TORCH / 'lib'}",
+        "-ltorch_cpu", "-Wl,-rpath,$ORIGIN",
     )  # fmt: skip
     return library
+
+
+def compilers() -> ThreadPoolExecutor:
+    """As many at once as there are processors, or as the environment's MAX_JOBS says."""
+    return ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count()))
 
 
 def compile(target: Path, *command) -> Path:
@@ -95,13 +105,13 @@ def compile(target: Path, *command) -> Path:
     return target
 
 
-def compile_bindings(directory: Path) -> list[Path]:
+def compile_bindings(directory: Path, pool: ThreadPoolExecutor) -> list[Path]:
     """The operators for CPU tensors, over what the kernels' host code is linked with."""
     command = [
         "c++", "-O1", "-std=c++20", "-fPIC", "-Icsrc", "-DMOELORA_EMULATED",
         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", TORCH / "include", "-c",
     ]  # fmt: skip
-    return [compile(directory / f"{source.stem}.o", *command, source) for source in BINDINGS]
+    return list(pool.map(lambda b: compile(directory / f"{b.stem}.o", *command, b), BINDINGS))
 
 
 @dataclass

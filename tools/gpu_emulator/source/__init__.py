@@ -23,13 +23,12 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ..cuda_runtime import ROOT, SOURCES, TORCH, compile, compile_bindings, sources
+from ..cuda_runtime import ROOT, SOURCES, TORCH, compile, compile_bindings, compilers, sources
 
 HERE = Path(__file__).parent
 KERNELS = ROOT / "csrc/cuda"
@@ -117,10 +116,9 @@ def build(
             folder / source.name,
         )  # fmt: skip
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
-        objects = list(pool.map(compile_kernels, SOURCES))
+    with compilers() as pool:
+        objects = list(pool.map(compile_kernels, SOURCES)) + compile_bindings(directory, pool)
     objects.append(compile(directory / "fibres.o", *command, HERE / "fibres.cpp"))
-    objects += compile_bindings(directory)
     return compile(
         library, *compiler(), "-shared", *flags, *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"
     )
