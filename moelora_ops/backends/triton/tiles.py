@@ -56,6 +56,10 @@ MOST_COLUMNS = 128
 LEAST_COLUMNS = 16
 
 
+# Bytes of shared memory for the buffers of a block; sm_80 has 163 KB.
+_BUFFERS = 128 << 10
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -142,10 +146,13 @@ def shrink(
             break
     if masked:
         BT = MASKED_ROWS
+    BK, stages = SHRINK_STEP[itemsize], 3 if itemsize == 4 else 4
+    if tokens <= DECODE_TOKENS:
+        # A block is alone and walks few steps: as many of them under way as its memory holds.
+        stages = max(stages, min(8, _BUFFERS // ((BT + BA + BB) * BK * itemsize)))
     return Shrink(
-        parts, spans[parts], columns, BT, SHRINK_STEP[itemsize], BA, BB, max(BT // 16, 4),
-        _stages(3 if itemsize == 4 else 4, arch),
-    )  # fmt: skip
+        parts, spans[parts], columns, BT, BK, BA, BB, max(BT // 16, 4), _stages(stages, arch)
+    )
 
 
 def _most_columns(parts: int, itemsize: int, arch: Arch) -> int:
