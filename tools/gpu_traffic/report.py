@@ -77,6 +77,7 @@ this page.
   trained dy counts twice, for dx and for the gradient of `lora_up`.
 * **moved**: bytes that multiprocessors load and store, over the least.  Every tile of tokens reads
   the experts' rows again, mostly from L2.  Wanted: at most {moved} for topk at T = {large}.
+  Few tokens trade bytes for a launch: each block of their second one adds all partial sums.
 * **distinct**: bytes that each launch touches, summed over launches, over the least: what device
   memory serves if nothing stays in L2 between launches.  Wanted: at most {distinct} there.
 * **launches**: kernels of ours and of PyTorch inside the operator, so without the base GEMM.
