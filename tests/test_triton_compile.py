@@ -21,8 +21,10 @@ BRAIN, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
 LARGE = 8192
 A100, H200, B200, MI300 = gates.ARCHS
 USUAL = usual("topk", LARGE)
+GROUPED = usual("topk", LARGE, E=64, r=16, k=4, strategy="grouped")
 CASES = [
     *((USUAL, gpu) for gpu in gates.ARCHS),
+    *((GROUPED, gpu) for gpu in gates.ARCHS),
     *((usual(method, LARGE), H200) for method in ("gated", "averaged", "grid", "output_gate")),
     (usual("topk", LARGE, dtype=HALF), H200),
     (usual("topk", LARGE, dtype=FLOAT), H200),

@@ -4,7 +4,9 @@ A formula sees what a launch was given and nothing else, so that another tile is
 names every tensor, how many of its elements are touched, and how many times each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from moelora_ops.backends.triton.tiles import cdiv
@@ -54,8 +56,8 @@ class Account:
         """What multiprocessors load and store."""
         return self.loads.moved + self.stores.moved
 
-    def load(self, tensor, elements: int, times: int = 1) -> None:
-        """`elements` of a tensor are read, each so many times; of None nothing is."""
+    def load(self, tensor, elements: int, times: int | Fraction = 1) -> None:
+        """`elements` of a tensor are read, so many times on average; of None nothing is."""
         self._add(self.loads, tensor, elements, times)
 
     def store(self, tensor, elements: int) -> None:
@@ -67,10 +69,10 @@ class Account:
         self.flops += 2 * rows * columns * inner * _TERMS[self.PRECISION]
 
     @staticmethod
-    def _add(flow: Flow, tensor, elements: int, times: int) -> None:
+    def _add(flow: Flow, tensor, elements: int, times: int | Fraction) -> None:
         if tensor is not None:
             flow.distinct += elements * tensor.element_size()
-            flow.moved += elements * tensor.element_size() * times
+            flow.moved += int(elements * tensor.element_size() * times)
 
 
 def account(launch: LaunchRecord) -> Account:
@@ -112,18 +114,24 @@ def _add_all(k: Account) -> None:
     k.store(k.out, k.size)
 
 
-def expand(k: Account, strips: int, segments: int = 1) -> None:
-    """``y [T, N]`` from left_a @ a and left_b @ b, whose columns are in `segments`."""
-    walks, tiles = k.grid[1], cdiv(k.T, k.BT)
-    for left, right, rows, groups, BR in (
-        (k.left_a, k.a, k.ROWS, k.GROUPS, k.BR),
-        (k.left_b, k.b, k.ROWS_B, 1, k.BRB),
+def expand(k: Account, strips: int, segments: int = 1, pairs: Sequence[int] = ()) -> None:
+    """``y [T, N]`` from left_a @ a and left_b @ b, whose columns are in `segments`.
+
+    Args:
+        pairs: tokens of each expert that has any, if each has an `a` of its own.
+    """
+    runs = pairs or (k.T,)
+    walks, tiles = (sum(cdiv(run, size) for run in runs) for size in (k.walk, k.BT))
+    for left, right, rows, groups, BR, experts in (
+        (k.left_a, k.a, k.ROWS, k.GROUPS, k.BR, len(runs)),
+        (k.left_b, k.b, k.ROWS_B, 1, k.BRB, 1),
     ):
         if right is not None:
             # Rows that fit one product stay in the block; others are read for each of its tiles.
             kept = groups == 1 and rows <= BR
             k.load(left, k.T * segments * groups * rows, strips // segments)
-            k.load(right, groups * rows * k.N, walks if kept else tiles)
+            times = Fraction(walks if kept else tiles, experts)
+            k.load(right, experts * groups * rows * k.N, times)
             k.dot(tiles * k.BT, strips * k.BN, groups * cdiv(rows, BR) * BR)
     k.load(k.bias, k.N, walks)
     k.load(k.seed, 1, strips * walks)
@@ -148,7 +156,18 @@ def _outer_side(k: Account, side: str) -> None:
     strips = segments * cdiv(N // segments, of_side("BN_{}"))
     chunks = of_side("blocks_{}") // strips
     rows = of_side("ROWS_{}") * chunks // cdiv(of_side("ROWS_{}"), of_side("BA_{}"))
-    steps = _steps(k)
+    if k.order is not None:
+        # The chunks of an expert see its pairs alone, those of all experts together all pairs.
+        pairs, chunks = k.T * k.TOP_K, cdiv(of_side("ROWS_{}"), of_side("BA_{}"))
+        steps = sum(_steps(k, run) for run in experts_pairs(k))
+        k.load(wide, k.T * N, k.TOP_K * chunks)
+        k.load(of_side("left_{}"), pairs * of_side("ROWS_{}"), strips)
+        k.load(k.order, pairs, 2 * strips * chunks)  # for addresses in wide and in left
+        k.load(k.starts, 2, of_side("blocks_{}") * k.grid[1])
+        k.store(of_side("out_{}"), k.grid[1] * rows * N)
+        k.dot(strips * of_side("BN_{}"), chunks * of_side("BA_{}"), steps * k.BT)
+        return
+    steps = _steps(k, k.T)
     k.load(wide, k.T * N, chunks)
     for left, out, count, width in (
         (of_side("left_{}"), of_side("out_{}"), rows, of_side("BA_{}")),
@@ -160,9 +179,9 @@ def _outer_side(k: Account, side: str) -> None:
             k.dot(strips * of_side("BN_{}"), chunks * width, steps * k.BT)
 
 
-def _steps(k: Account) -> int:
-    """Steps of BT tokens in all parts."""
-    return sum(cdiv(min(k.span, k.T - begin), k.BT) for begin in range(0, k.T, k.span))
+def _steps(k: Account, tokens: int) -> int:
+    """Steps of BT in all parts of so many tokens."""
+    return sum(cdiv(min(k.span, tokens - begin), k.BT) for begin in range(0, tokens, k.span))
 
 
 def _outer_parts(k: Account) -> None:
@@ -225,6 +244,52 @@ def _topk_expand(k: Account) -> None:
     k.store(k.prob_sums, k.E)
 
 
+# ---------------------------------------------------------------- segments
+
+
+def experts_pairs(k: Account, slot: int | None = None) -> list[int]:
+    """Pairs of each expert that has any, of a slot or of all; evenly if nothing was executed."""
+    segments, pairs = k.starts.numel() - 1, k.order.numel()
+    places = [i * pairs // segments for i in range(segments + 1)]
+    if k.launch.counts is not None:
+        places = k.starts.tolist()
+    begins = range(0 if slot is None else slot, segments, k.TOP_K)
+    slots = k.TOP_K if slot is None else 1
+    return [n for i in begins if (n := places[i + slots] - places[i])]
+
+
+def _sort(k: Account) -> None:
+    k.load(k.selected, k.T * k.TOP_K)
+    k.load(k.tile_counts, k.tiles * k.TOP_K * k.E, k.blocks)
+    k.load(k.tile_sums, k.tiles * k.E)
+    k.store(k.order, k.T * k.TOP_K)
+    k.store(k.starts, k.E * k.TOP_K + 1)
+    k.store(k.counts, k.E)
+    k.store(k.prob_sums, k.E)
+
+
+def _shrink_segments(k: Account) -> None:
+    runs, pairs, columns = experts_pairs(k), k.order.numel(), k.grid[1]
+    tiles = sum(cdiv(run, k.BT) for run in runs)
+    k.load(k.starts, 2 * k.E, k.blocks)
+    # For addresses in each of x, out, mixed and weights, which threads share out differently.
+    k.load(k.order, pairs, columns * (2 if k.mixed is None else 4))
+    k.load(k.x, pairs // k.TOP_K * k.K, k.TOP_K * columns)
+    k.load(k.a, len(runs) * k.RANK * k.K, Fraction(tiles, len(runs)))
+    k.load(k.seed, 1, tiles * columns)
+    k.dot(tiles * k.BT, columns * k.BA, cdiv(k.K, k.BK) * k.BK)
+    k.store(k.out, pairs * k.RANK)
+    if k.mixed is not None:
+        k.load(k.weights, pairs, columns)
+        k.store(k.mixed, pairs * k.RANK)
+
+
+def _expand_segments(k: Account) -> None:
+    k.load(k.starts, 2 * k.E, k.blocks)
+    k.load(k.order, k.T, 2 * k.grid[0])  # for addresses in left_a and in y
+    expand(k, k.grid[0], pairs=experts_pairs(k, k.slot))
+
+
 # Module and name of a kernel -> its formula.
 KERNELS = {
     ("shrink", "shrink_parts"): _shrink_parts,
@@ -238,6 +303,11 @@ KERNELS = {
     ("topk", "expand_and_count"): _topk_expand,
     ("topk", "shrink_and_mix_backward"): by_tiles,
     ("topk", "mix_backward"): by_tiles,
+    ("grouped", "route"): by_tiles,
+    ("grouped", "sort"): _sort,
+    ("grouped", "shrink_segments"): _shrink_segments,
+    ("grouped", "expand_segments"): _expand_segments,
+    ("grouped", "mix_backward"): by_tiles,
     ("gated", "shrink_and_mix"): by_tiles,
     ("gated", "mix"): by_tiles,
     ("gated", "mix_and_expand"): as_executed,

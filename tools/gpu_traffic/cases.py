@@ -91,6 +91,7 @@ class Call(NamedTuple):
         train: "all" parameters and x, "x" alone, or "" for no backward pass.
         bias: whether the frozen linear has one.
         dropout: of what the experts see.
+        strategy: of topk.
     """
 
     method: str
@@ -99,6 +100,7 @@ class Call(NamedTuple):
     train: str = "all"
     bias: bool = False
     dropout: float = 0.0
+    strategy: str = "auto"
 
     def inputs(self, draw: Callable[..., Tensor]) -> dict[str, Tensor | None]:
         """The tensors of a call by name, dy among them; draw(shape, dtype) makes one."""
@@ -122,6 +124,8 @@ class Call(NamedTuple):
         options = method.options(self.size)
         if self.dropout:
             options |= {"dropout": self.dropout, "seed": torch.tensor([1])}
+        if self.strategy != "auto":
+            options |= {"strategy": self.strategy}
         y = method.function(**inputs, **options)
         if y.requires_grad:
             leaves = [t for t in inputs.values() if t is not None and t.requires_grad]

@@ -36,6 +36,9 @@ _PTX_ACCESS = re.compile(
     r"\b(?:(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s"
     r"|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+))"
 )
+# What kernels over segments of tokens gather their rows by, 4 bytes a row.
+_GATHERS = re.compile(r"%order: !tt.ptr<i32>")
+_INDEX = 4
 _AMD_ACCESS = re.compile(r"\b(?:buffer|global)_(load|store)_(dword(?:x\d)?|[us]?short|[us]?byte)")
 _AMD_BYTES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
@@ -54,10 +57,18 @@ def accesses(build: Build) -> Iterator[tuple[str, int]]:
 
 
 def wide_share(build: Build, direction: str) -> float:
-    """Of the bytes that a kernel's loads or stores name, those in accesses of 16; 1 without any."""
+    """Of the bytes that a kernel's loads or stores name, those in accesses of 16; 1 without any.
+
+    Without the indices of rows that it gathers.  AMD's 64 lanes have 8 bytes each of the few
+    columns of an expert's own rank.
+    """
     widths = Counter(width for d, width in accesses(build) if d == direction)
+    wide = widths[16]
+    if _GATHERS.search(build.intermediate()):
+        del widths[_INDEX]
+        wide += widths[8] / 2 if build.target.backend == "hip" else 0
     total = sum(width * count for width, count in widths.items())
-    return 16 * widths[16] / total if total else 1.0
+    return 16 * wide / total if total else 1.0
 
 
 def has_products(build: Build) -> bool:
@@ -111,6 +122,12 @@ SWEEP = (
     *(usual("topk", T, dtype=d) for T in (512, 32768) for d in (_BRAIN, _FLOAT)),
     *(usual(m, T, dtype=d) for m in METHODS for T in (1, 32) for d in (_BRAIN, _FLOAT)),
     *(usual("topk", 8192, E=E, r=r, k=k) for E, r, k in ((128, 1, 4), (32, 4, 2), (8, 64, 2))),
+    *(
+        usual("topk", 8192, E=E, r=r, k=k, dtype=d, strategy="grouped")
+        for E, r, k in ((64, 16, 4), (128, 8, 2), (16, 64, 2), (1024, 1, 2))
+        for d in (_BRAIN, _FLOAT)
+    ),
+    usual("topk", 8192, E=64, r=16, dropout=0.05, strategy="grouped"),
     *(usual("gated", 8192, E=E, r=r) for E, r in ((1, 8), (1, 64), (6, 64), (128, 4))),
     *(usual("output_gate", 8192, E=E, r=r) for E, r in ((2, 4), (4, 64), (128, 4))),
     *(usual("grid", 8192, E=E, r=r) for E, r in ((8, 8), (16, 16))),

@@ -21,6 +21,8 @@ BACKENDS = {"Triton": Backend(record, account)}
 # What is wanted at T = LARGE, over the least; and launches in each direction and for few tokens.
 MOST_DISTINCT, MOST_MOVED = 1.1, 1.7
 MOST_LAUNCHES = {"forward": 3, "backward": 5, "decode": 2}
+# Of a grouped topk, which has one for each of its two choices in either direction.
+MOST_LAUNCHES |= {"forward, grouped": 6, "backward, grouped": 8}
 
 LARGE = 8192
 CALLS = (

@@ -291,7 +291,7 @@ def forward(
     kept = views(saved, T, E, r, top_k)
     constants = {"E": E, "EP": tiles.power_of_2(E), "TOP_K": top_k}
     logits_parts, _, parts = _shrink.run(x, router, out_a=kept.logits)
-    tile = tiles.mix(constants["EP"])
+    tile = tiles.routing(E)
     count = tiles.cdiv(T, tile.BT)
     tile_counts = x.data.new_empty((count, top_k, E), dtype=torch.int32)
     tile_sums = x.data.new_empty((count, E), dtype=torch.float32)
@@ -330,7 +330,7 @@ def backward(
         dmixed = torch.empty_like(kept.hidden)
         _shrink_segments(dy, lora_up, kept, dmixed)
         EP, WIDTH = tiles.power_of_2(E), tiles.power_of_2(r)
-        tile = tiles.mix(max(EP, WIDTH))
+        tile = tiles.mix(2 * max(EP, WIDTH))  # beside weights and gradients, which are as wide
         mix_backward[(tiles.cdiv(T, tile.BT),)](
             dmixed, *kept[:4], dprob_sums, dhidden.data, mixed and mixed.data, dlogits.data, T,
             dhidden.stride, dlogits.stride, scale, E=E, EP=EP, RANK=r, WIDTH=WIDTH, TOP_K=top_k,

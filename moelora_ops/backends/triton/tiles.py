@@ -257,6 +257,11 @@ def own_merge(
     return own_mix(length, power_of_2(down[1])) if few else None
 
 
+def routing(num_experts: int) -> Mix:
+    """The tile that routes and sorts tokens; large, as what each tile counts is read many times."""
+    return Mix(max(1, min(64, 8192 // power_of_2(num_experts))), 8)
+
+
 class OutputGate(NamedTuple):
     """How the mix of an output gate runs.
 
