@@ -24,7 +24,8 @@ USUAL = usual("topk", LARGE)
 GROUPED = usual("topk", LARGE, E=64, r=16, k=4, strategy="grouped")
 CASES = [
     *((USUAL, gpu) for gpu in gates.ARCHS),
-    *((GROUPED, gpu) for gpu in gates.ARCHS),
+    *((GROUPED, gpu) for gpu in (A100, H200)),
+    *((GROUPED._replace(train="x"), gpu) for gpu in (B200, MI300)),
     *((usual(method, LARGE), H200) for method in ("gated", "averaged", "grid", "output_gate")),
     (usual("topk", LARGE, dtype=HALF), H200),
     (usual("topk", LARGE, dtype=FLOAT), H200),
@@ -46,7 +47,9 @@ def case_name(value):
     if isinstance(value, tuple) and value in gates.ARCHS:
         return str(value[1])
     s = value.size
-    return f"{value.method}-T{s.T}-E{s.E}-r{s.r}-{str(value.dtype).removeprefix('torch.')}"
+    strategy = "" if value.strategy == "auto" else f"-{value.strategy}"
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{value.method}{strategy}-T{s.T}-E{s.E}-r{s.r}-{dtype}"
 
 
 @pytest.mark.parametrize("call, gpu", CASES, ids=case_name)
@@ -78,6 +81,13 @@ def narrow(x, y, stride, N: tl.constexpr):
     tl.store(y + at[:, None] * stride + at[None, :], tl.dot(a, a).to(tl.bfloat16))
 
 
+@triton.jit
+def gathers(order, x, y, stride, N: tl.constexpr):
+    at = tl.arange(0, N)
+    a = tl.load(x + tl.load(order + at)[:, None] * stride + at[None, :])
+    tl.store(y + at[:, None] * N + at[None, :], tl.dot(a, a).to(tl.bfloat16))
+
+
 def build_of(kernel, *arguments, arch=90, **constants):
     with emulated_gpu("cuda", arch) as gpu:
         kernel[(1,)](*arguments, **constants, enable_fp_fusion=False)
@@ -100,6 +110,13 @@ def test_narrow_access_is_found():
         "0% of the bytes of loads are in accesses of 16",
         "0% of the bytes of stores are in accesses of 16",
     ]
+
+
+def test_narrow_access_is_found_beside_indices():
+    x, order = torch.zeros(64 * 67, dtype=BRAIN), torch.zeros(64, dtype=torch.int32)
+    assert gates.problems(build_of(gathers, order, x, x, 64, N=64)) == []
+    (found,) = gates.problems(build_of(gathers, order, x, x, 67, N=64))
+    assert found == "0% of the bytes of loads are in accesses of 16"
 
 
 def test_a_product_without_tensor_cores_is_found(monkeypatch):

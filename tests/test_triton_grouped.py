@@ -29,11 +29,9 @@ triton_ops = ops.of("triton")
     ("shape", "arch", "dtype", "options"),
     [
         (Shape(0, 32, 48, 4, 2, 2), 90, BF16, {}),
-        (Shape(3, 1, 1, 2, 1, 1), 80, F32, {}),
         (Shape(9, 40, 24, 128, 2, 3), 90, BF16, {"balance": True}),
         (Shape(40, 128, 130, 3, 4, 3), 90, F16, EXPERT),
-        (Shape(64, 96, 100, 5, 16, 4), 80, BF16, TOKEN | {"balance": True}),
-        (Shape(33, 65, 70, 2, 200, 2), 90, BF16, {}),
+        (Shape(33, 65, 70, 2, 200, 2), 80, BF16, TOKEN),
         (Shape(513, 17, 19, 4, 2, 2), 80, F32, {"renormalize": False, "balance": True}),
     ],
     ids=str,
@@ -70,12 +68,11 @@ def test_all_tokens_on_one_expert_and_none_on_another():
     numerics.check_numerics("skewed", got, plain, want)
 
 
-def operator_arguments(inputs, accumulate=True, y=None):
+def operator_arguments(inputs, y=None):
     y = torch.zeros_like(inputs.dy) if y is None else y
     return (
-        inputs.x, inputs.lora_down, inputs.lora_up, inputs.router,
-        None if accumulate else inputs.bias, None, y, STANDARD.k, 0.5, True, 0.0, False, False,
-        accumulate,
+        inputs.x, inputs.lora_down, inputs.lora_up, inputs.router, None, None, y, STANDARD.k, 0.5,
+        True, 0.0, False, False, True,
     )  # fmt: skip
 
 
@@ -124,23 +121,20 @@ def test_keeps_what_the_cpu_keeps():
 
 
 def test_launches():
-    """Beside the base GEMM: 4 and one for each choice forward; backward, 2 and 4 at most."""
+    """Beside the base GEMM: one for each choice, and 4 forward, 2 backward; outers in two each."""
     inputs = make_inputs(STANDARD._replace(T=600), BF16)
     leaves = [t.requires_grad_() for t in (inputs.x, *inputs[3:6])]
-    for multiprocessors, add in ((132, ["add_gradients"]), (1, [])):
-        with gpu(90, multiprocessors, execute=False) as device:
-            y = functional.mola(
-                leaves[0], inputs.weight, None, *leaves[1:], 2, 1.0, strategy="grouped"
-            )
-            assert names(device) == [
-                "shrink_parts", "route", "sort", "shrink_segments", *["expand_segments"] * 2,
-            ]  # fmt: skip
-            device.launches.clear()
-            torch.autograd.grad(y, leaves, inputs.dy)
-            assert names(device) == [
-                "shrink_segments", "mix_backward", *["expand_segments"] * 2, "outer_parts", *add,
-                "outer_parts", *add,
-            ]  # fmt: skip
+    with gpu(90, execute=False) as device:
+        y = functional.mola(leaves[0], inputs.weight, None, *leaves[1:], 2, 1.0, strategy="grouped")
+        assert names(device) == [
+            "shrink_parts", "route", "sort", "shrink_segments", *["expand_segments"] * 2,
+        ]  # fmt: skip
+        device.launches.clear()
+        torch.autograd.grad(y, leaves, inputs.dy)
+        assert names(device) == [
+            "shrink_segments", "mix_backward", *["expand_segments"] * 2,
+            *["outer_parts", "add_gradients"] * 2,
+        ]  # fmt: skip
     with gpu(90, execute=False) as device:
         x = leaves[0].detach().requires_grad_()
         frozen = [t.detach() for t in leaves[1:]]
@@ -229,14 +223,11 @@ def test_strided_rows():
 def test_opcheck():
     inputs = make_inputs(STANDARD, BF16)
     with gpu(90):
-        for accumulate in (True, False):
-            arguments = operator_arguments(inputs, accumulate)
-            torch.library.opcheck(triton_ops.topk_forward, arguments)
+        arguments = operator_arguments(inputs)
+        torch.library.opcheck(triton_ops.topk_forward, arguments)
         saved, _, prob_sums = triton_ops.topk_forward(*arguments)
-        for need_dparams in (False, True):
-            arguments = (
-                inputs.dy, *inputs[:1], *inputs[3:6], None, saved, torch.ones_like(prob_sums),
-                torch.zeros_like(inputs.x), 2, 0.5, True, 0.0, False, False, True, True,
-                need_dparams,
-            )  # fmt: skip
-            torch.library.opcheck(triton_ops.topk_backward, arguments)
+        arguments = (
+            inputs.dy, *arguments[:4], None, saved, torch.ones_like(prob_sums),
+            torch.zeros_like(inputs.x), 2, 0.5, True, 0.0, False, False, True, True, True,
+        )  # fmt: skip
+        torch.library.opcheck(triton_ops.topk_backward, arguments)

@@ -22,7 +22,7 @@ BACKENDS = {"Triton": Backend(record, account)}
 MOST_DISTINCT, MOST_MOVED = 1.1, 1.7
 MOST_LAUNCHES = {"forward": 3, "backward": 5, "decode": 2}
 # Of a grouped topk, which has one for each of its two choices in either direction.
-MOST_LAUNCHES |= {"forward, grouped": 6, "backward, grouped": 8}
+MOST_LAUNCHES |= {"grouped_forward": 6, "grouped_backward": 8}
 
 LARGE = 8192
 CALLS = (
@@ -30,6 +30,7 @@ CALLS = (
     usual("topk", LARGE, train="x"),
     usual("topk", LARGE, dropout=0.05),
     usual("topk", 2048),
+    *(usual("topk", LARGE, E=64, r=16, strategy=s) for s in ("stacked", "grouped")),
     *(usual(method, T, train="") for method in METHODS for T in (1, 32)),
 )
 
@@ -83,13 +84,15 @@ this page.
 * **distinct**: bytes that each launch touches, summed over launches, over the least: what device
   memory serves if nothing stays in L2 between launches.  Wanted: at most {distinct} there.
 * **launches**: kernels of ours and of PyTorch inside the operator, so without the base GEMM.
-  Wanted: at most {forward} forward, {backward} backward, {decode} for a handful of tokens.
+  Wanted: at most {forward} forward, {backward} backward, {decode} for a handful of tokens; of a
+  grouped topk of two choices, {grouped_forward} and {grouped_backward}.
 
 The launches are those that the package itself makes for these shapes on an H200 (sm_90).  What each
 of them moves is a formula over its arguments (`tools/gpu_traffic/accounts.py`), which
 `tests/test_gpu_traffic.py` holds against what the [emulator](gpu_emulator.md) counts on small
 shapes: loads, stores and tensor-core operations, to the byte.  With dropout a tile has fewer tokens
-(`MASKED_ROWS` in `moelora_ops/backends/triton/tiles.py` says why).
+(`MASKED_ROWS` in `moelora_ops/backends/triton/tiles.py` says why).  Grouped, all pairs of an expert
+and a choice have as many tokens.
 
 **The model is not a time, and nothing here was timed.**  It is arithmetic on assumed rates of one
 H200: for each launch the slowest of device memory ({memory:.1f} TB/s), L2 ({l2} TB/s), what one
@@ -117,7 +120,8 @@ def call_name(call: Call) -> str:
 
 def operator_name(call: Call, operator: Operator) -> str:
     frozen = call.train == "x" and operator.name.endswith("_backward")
-    return f"{operator.name}{', frozen' * frozen}{', dropout' * bool(call.dropout)}"
+    strategy = "" if call.strategy == "auto" else f", {call.strategy}"
+    return f"{operator.name}{', frozen' * frozen}{', dropout' * bool(call.dropout)}{strategy}"
 
 
 def operator_rows(call: Call, recordings: dict[str, Recording]) -> list[list[str]]:
@@ -182,8 +186,11 @@ def write(recordings: dict[Call, dict[str, Recording]]) -> str:
     for name, backend in BACKENDS.items():
         parts.append(f"\n## Kernels: {name}\n")
         for call, found in recordings.items():
-            if call == usual(call.method, LARGE):
-                parts.append(f"{call.method}, {call_name(call)}, bfloat16; MB and GFLOP:\n")
+            if call == usual(call.method, LARGE) or call.strategy == "grouped":
+                strategy = ", grouped" if call.strategy == "grouped" else ""
+                parts.append(
+                    f"{call.method}{strategy}, {call_name(call)}, bfloat16; MB and GFLOP:\n"
+                )
                 header = (
                     "operator | kernel | blocks x threads | loads | stores | distinct"
                     " | tensor cores | model, µs, without the start"
