@@ -41,9 +41,9 @@ def test_what_a_back_end_does_not_have_is_not_chosen():
     assert not is_stacked("triton", "auto", 1024, 64, 1, BRAIN)
 
 
-# By hand, many tokens: stacked products take 4 R / 790e12 s a feature and token, grouped ones move
-# 2 * 3 k bytes at 4.3e12 a second; six times the arithmetic and twice the bytes in float32.
-BREAK_EVEN = [(1, BRAIN, 275), (2, BRAIN, 551), (2, HALF, 551), (4, BRAIN, 1102), (2, FLOAT, 183)]
+# By hand, many tokens, per feature, token and byte of a number: stacked products take 2 + R / 32
+# (R / 64 up to 128) at 5.5e12 a second, grouped ones 3 k at 4.3e12.
+BREAK_EVEN = [(1, BRAIN, 117), (2, BRAIN, 181), (2, HALF, 181), (4, BRAIN, 427), (2, FLOAT, 181)]
 
 
 @pytest.mark.parametrize("top_k, dtype, rows", BREAK_EVEN)
@@ -74,10 +74,12 @@ def test_few_tokens_take_the_fewest_launches(every_path):
 
 
 def test_the_model_by_hand():
-    moved = 2 * 4096 * (2 * 8192 + 2 * 64)
-    assert seconds("stacked", 64, 2, 8192, BRAIN) == moved / 4.3e12 + 3 * 3e-6
-    flops = 4 * 8192 * 1024 * 4096
-    assert seconds("stacked", 1024, 2, 8192, BRAIN) == flops / 790e12 + 3 * 3e-6
-    assert seconds("stacked", 1024, 2, 8192, FLOAT) == 6 * flops / 790e12 + 3 * 3e-6
+    moved = 2 * 4096 * (2 * 8192 + 2 * 8)
+    assert seconds("stacked", 8, 2, 8192, BRAIN) == moved / 4.3e12 + 3 * 3e-6
+    for rows, again in ((64, 1), (128, 2), (1024, 32)):
+        moved = 2 * 4096 * (2 + again) * 8192
+        assert seconds("stacked", rows, 2, 8192, BRAIN) == moved / 5.5e12 + 3 * 3e-6
+    flops = 6 * 4 * 8192 * 1024 * 4096
+    assert seconds("stacked", 1024, 2, 8192, FLOAT) == flops / 790e12 + 3 * 3e-6
     moved = 2 * 4096 * (6 * 8192 + 2 * 1024)
     assert seconds("grouped", 1024, 2, 8192, BRAIN) == moved / 4.3e12 + 6 * 3e-6

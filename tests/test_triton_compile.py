@@ -31,7 +31,7 @@ CASES = [
     (usual("topk", LARGE, dtype=FLOAT), H200),
     (usual("topk", 32768, train="x"), B200),  # shrinks that end with the mix
     (usual("topk", LARGE, E=128, r=1, k=4), H200),
-    (usual("topk", LARGE, E=8, r=64), A100),
+    (usual("topk", LARGE, E=8, r=64, strategy="stacked"), A100),
     (usual("gated", LARGE, E=1, r=64), MI300),  # plain LoRA
     (usual("output_gate", LARGE), B200),
     (usual("topk", 1, train=""), H200),

@@ -38,13 +38,17 @@ def seconds(path: str, rows: int, top_k: int, tokens: int, dtype: torch.dtype) -
     if path == "grouped":
         launches += top_k
         # x is read for the router and gathered for each choice, and y written once and added to for
-        # each other one; a token's own rows are too few for arithmetic to count.
-        wide, flops = 3 * top_k, 0
+        # each other one; a token's own rows are too few for anything else to count.
+        wide, again, flops = 3 * top_k, 0, 0
     else:
-        # A float32 product is six of bfloat16.
-        wide, flops = 2, 4 * tokens * rows * _FEATURES * (6 if size == 4 else 1)
+        # Every tile of tokens reads all rows again, and every strip of columns what is mixed of
+        # them; in tiles half as large beyond the rows that one product takes.  A float32 product is
+        # six of bfloat16.
+        wide, again = 2, rows / (64 if rows <= 128 else 32)
+        flops = 4 * tokens * rows * _FEATURES * (6 if size == 4 else 1)
     moved = size * _FEATURES * (wide * tokens + 2 * rows)
-    work = max(moved / DEVICE_MEMORY, flops / TENSOR_CORES)
+    through_l2 = size * _FEATURES * (wide + again) * tokens
+    work = max(moved / DEVICE_MEMORY, through_l2 / L2, flops / TENSOR_CORES)
     if path == "decode":
         # Each block of 64 columns adds eight partial sums and mixes by itself.
         work += _FEATURES // 64 * 8 * 4 * tokens * rows / L2
@@ -62,7 +66,7 @@ def is_stacked(
     On a CPU flops decide: grouped kernels touch k*r rows of a token, one token at a time; stacked
     ones touch all E*r rows but share each load between several tokens.  That measured 6 to 17 %
     faster at k = E and no faster at k = 6 of 8 (docs/design.md).  On a GPU stacked products are
-    bound by the memory that x takes until E*r is some hundreds.
+    bound by the memory that x takes until E*r is a few hundreds.
     """
     if strategy != "auto":
         return strategy == "stacked"
