@@ -38,7 +38,7 @@ BACKENDS = ("cuda", "triton")
 SOURCES = ("csrc", "moelora_ops", "tests", "tools", "benchmarks", "setup.py")
 TESTS = {
     "device": ["tests/test_gpu.py"],
-    "triton": ["tests/test_triton.py", "tests/test_triton_mixes.py"],
+    "triton": ["tests/test_triton.py", "tests/test_gpu_products.py", "tests/test_gpu_mixes.py"],
     "cuda": ["tests/test_cuda.py"],
 }
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")

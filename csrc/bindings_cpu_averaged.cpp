@@ -20,8 +20,7 @@ struct AveragedCall {
   AveragedCall(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up, const Tensor& table,
                const OptionalTensor& row_map, int64_t splits, double scale)
       : e(experts_of(x, lora_down, lora_up)), weights(table), Q(splits) {
-    STD_TORCH_CHECK(Q > 0 && e.K % Q == 0 && e.N % Q == 0,
-                    "splits: wanted a divisor of in_features and out_features, got ", Q);
+    check_splits(Q, e.K, e.N);
     STD_TORCH_CHECK(weights.dim() == 2, "weights: wanted 2 dimensions");
     mix.pairs = static_cast<int>(Q * e.E), mix.r = static_cast<int>(e.r);
     mix.scale = scale;

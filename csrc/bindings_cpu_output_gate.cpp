@@ -1,6 +1,7 @@
 // The output-gated mix on CPU tensors: MoLE's gate on the experts' outputs, in rank space.
 
 #include "bindings_dense.h"
+#include "bindings_output_gate.h"
 
 namespace {
 
@@ -31,31 +32,14 @@ struct OutputGateCall {
                  const Tensor& scales, const Tensor& tau, const OptionalTensor& mask,
                  int64_t normalization, bool mask_input)
       : e(experts_of(x, lora_down, lora_up)), projection_t(projection), factors_t(factors) {
-    STD_TORCH_CHECK(0 <= normalization && normalization < moelora::kNormalizations,
-                    "normalization: is no normalization");
-    mix.E = static_cast<int>(e.E), mix.r = static_cast<int>(e.r);
-    mix.normalization = static_cast<moelora::Normalization>(normalization);
-    mix.width = static_cast<double>(e.N);
-    mix.mask_input = mask_input;
-    mix.projection = read_wide(projection, x, {mix.input_columns(), e.E}, "projection");
-    mix.factors = read_wide(factors, x, {e.E, e.r, e.r}, "factors");
+    const void* t =
+        read_gate(mix, e, projection, factors, means, scales, tau, mask, normalization, mask_input);
+    with_accumulator(tau,
+                     [&](auto element) { mix.tau = *static_cast<const decltype(element)*>(t); });
     projection_t = transposed(projection, 1, mix.input_columns(), e.E);
     factors_t = transposed(factors, e.E, e.r, e.r);
     mix.projection_t = read(projection_t);
     mix.factors_t = read(factors_t);
-    STD_TORCH_CHECK(means || mix.normalization != moelora::Normalization::kLayerNorm,
-                    "means: layernorm needs them");
-    mix.means = read_wide(means, x, {e.E * e.r}, "means");
-    mix.scales = read_wide(scales, x, {e.E}, "scales");
-    const void* t = read_wide(tau, x, {1}, "tau");
-    with_accumulator(tau,
-                     [&](auto element) { mix.tau = *static_cast<const decltype(element)*>(t); });
-    if (mask) {
-      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == e.E,
-                      "mask: wanted one bool per expert");
-      check_contiguous(*mask, "mask");
-      mix.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
-    }
   }
 };
 

@@ -104,7 +104,7 @@ template <class Mix>
 cuda::ShrinkPlan plan_mix(Workspace& workspace, DType dtype, cuda::Shrink& shrink, const Mix& mix) {
   const cuda::ShrinkPlan plan =
       cuda::plan_shrink(dtype, shrink, cuda::row_bytes(dtype, mix), cuda::current_device());
-  workspace.reserve(plan.fused ? 0 : plan.parts * shrink.T * shrink.rows.count(),
+  workspace.reserve(plan.fused ? 0 : plan.parts * shrink.T * shrink.columns_of_h(),
                     dtype == DType::kFloat64 ? 8 : 4, &shrink.partials);
   return plan;
 }

@@ -98,17 +98,24 @@ struct Experts {
   Vectors tokens{};       // x
   RowBlock down{}, up{};  // E r rows each
 };
-inline Experts experts_of(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up) {
+inline Experts experts_of(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+                          const char* name = "x") {
   STD_TORCH_CHECK(lora_down.dim() == 3 && lora_up.dim() == 3,
                   "lora_down, lora_up: wanted 3 dimensions");
   Experts e{x, lora_down, lora_up};
-  e.tokens = vectors_of(x, "x");
+  e.tokens = vectors_of(x, name);
   e.T = e.tokens.T, e.K = lora_down.size(2), e.N = lora_up.size(2);
   e.E = lora_down.size(0), e.r = lora_down.size(1);
-  STD_TORCH_CHECK(e.tokens.columns == e.K, "x: wanted last dimension ", e.K);
+  STD_TORCH_CHECK(e.tokens.columns == e.K, name, ": wanted last dimension ", e.K);
   e.down = {read_like(lora_down, x, {e.E, e.r, e.K}, "lora_down"), e.E * e.r, e.K};
   e.up = {read_like(lora_up, x, {e.E, e.r, e.N}, "lora_up"), e.E * e.r, e.N};
   return e;
+}
+
+// That features fall into so many equal segments on either side.
+inline void check_splits(int64_t splits, int64_t K, int64_t N) {
+  STD_TORCH_CHECK(splits > 0 && K % splits == 0 && N % splits == 0,
+                  "splits: wanted a divisor of in_features and out_features, got ", splits);
 }
 
 // Which row of a table [rows, columns] a token reads.  A map's values are not looked at.

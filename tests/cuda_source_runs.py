@@ -76,6 +76,16 @@ CASES = {
     "double": Case(Shape(3, 5, 7, 2, 2, 1), torch.float64, 8, 8, {"renormalize": False}),
     "gated": Mix("gated", "map-relu", mixes.Size((9,), 70, 25, 3, 3), torch.float32, 8, 8),
     "grid": Mix("grid", "map", mixes.Size((20,), 40, 24, 3, 4), torch.bfloat16, 1, 6),
+    # Features that fall into segments, each a product of its own.
+    "averaged": Mix("averaged", "splits", mixes.Size((9,), 70, 26, 3, 3), torch.float32, 8, 8),
+    # Factors of each sequence, with wide copies.
+    "merged": Mix(
+        "averaged", "splits-sequence", mixes.Size((2, 9), 48, 32, 3, 4), torch.bfloat16, 1, 8
+    ),
+    "output gate": Mix(
+        "output_gate", "masked-input-layernorm", mixes.Size((20,), 40, 24, 3, 4), torch.bfloat16,
+        1, 6,
+    ),
 }  # fmt: skip
 
 

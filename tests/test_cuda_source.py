@@ -19,7 +19,9 @@ from tools.gpu_emulator import source
 from tools.gpu_emulator.source import Edit
 
 RUNS = Path(__file__).with_name("cuda_source_runs.py")
-CASES = ("fused", "split", "walk", "double", "gated", "grid")
+CASES = (
+    "fused", "split", "walk", "double", "gated", "grid", "averaged", "merged", "output gate",
+)  # fmt: skip
 SEEDS = (1, 2, 3)
 
 BARRIER = "    __syncthreads();  // this step has arrived for all, and nobody reads the previous"

@@ -36,6 +36,9 @@ def gpu(backend, request):
     return make_gpu(backend, request)
 
 
+BACKENDS = ("cuda", "triton")
+
+
 def on_backends(**cases):
     """(backend, *case) of each."""
     return [(backend, *case) for backend, own in cases.items() for case in own]
@@ -64,6 +67,27 @@ def on_backends(**cases):
             ("grid", "token", MANY_GATES, 80, F16, None),
             ("grid", "map", SMALL, 80, F64, None),
             ("grid", "rank1", SMALL, 80, F64, 1),
+            ("averaged", "token", NO_TOKENS, 90, BF16, None),
+            ("averaged", "sequence", NO_TOKENS, 90, BF16, None),
+            ("averaged", "token", DECODE, 90, BF16, None),
+            ("averaged", "map", STANDARD, 90, BF16, 1),
+            ("averaged", "splits", STANDARD, 80, F16, None),
+            ("averaged", "splits-sequence", STANDARD, 90, BF16, None),
+            ("averaged", "sequence", LONG, 80, F32, None),
+            ("averaged", "sequence", HIGHEST_RANK._replace(lead=(2, 10)), 80, F16, None),
+            ("averaged", "splits", SMALL, 80, F64, None),
+            ("averaged", "splits-sequence", SMALL, 80, F64, 1),
+            ("output_gate", "l2", NO_TOKENS, 90, BF16, None),
+            ("output_gate", "l2", DECODE, 90, BF16, None),
+            ("output_gate", "l2_per_expert", STANDARD, 90, BF16, None),
+            ("output_gate", "layernorm", STANDARD, 80, F16, 1),
+            ("output_gate", "masked-input", STANDARD, 90, BF16, 1),
+            ("output_gate", "sequence-layernorm", STANDARD, 90, BF16, None),
+            ("output_gate", "masked-input-layernorm", LONG, 80, F32, None),
+            ("output_gate", "none", MANY_GATES, 80, F16, None),
+            ("output_gate", "l2_per_expert", HIGHEST_RANK, 80, F16, None),
+            ("output_gate", "masked-input-layernorm", SMALL, 80, F64, None),
+            ("output_gate", "masked", SMALL, 80, F64, 1),
         ],
         triton=[
             ("gated", "token", NO_TOKENS, 90, BF16, None),
@@ -127,6 +151,7 @@ MERGED = ["merge", "shrink_sequences", "expand_sequences"]
 FEW_MERGED = ["merge_and_shrink", "merge_and_expand"]
 CUDA_SPLIT = ["shrink", "mix", "expand", "shrink", "mix", "expand", "outer", "add_parts"]
 CUDA_FUSED = ["shrink", "expand", "shrink", "expand", "outer", "add_parts"]
+CUDA_MERGED = ["merge", "shrink", "expand", "merge", "shrink", "expand", "outer", "unmerge"]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +162,11 @@ CUDA_FUSED = ["shrink", "expand", "shrink", "expand", "outer", "add_parts"]
             ("gated", "map-relu", 1, CUDA_FUSED),
             ("grid", "map", 132, CUDA_SPLIT),
             ("grid", "map", 1, CUDA_FUSED),
+            ("averaged", "splits", 1, CUDA_SPLIT),
+            ("averaged", "map", 1, CUDA_FUSED),
+            ("averaged", "splits-sequence", 132, CUDA_MERGED),
+            ("output_gate", "l2", 132, CUDA_SPLIT),
+            ("output_gate", "l2", 1, CUDA_FUSED),
         ],
         triton=[
             ("gated", "map-relu", 132, [*FEW, "outer_parts"]),
@@ -189,15 +219,11 @@ def adapter(name, inputs, rows):
     return y.detach(), *torch.autograd.grad(y, x, dy)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("backend", "name", "variant"),
-    on_backends(
-        cuda=[("gated", "map-relu"), ("grid", "map")],
-        triton=[
-            ("gated", "map-relu"), ("averaged", "map"), ("grid", "map"), ("output_gate", "l2"),
-        ],
-    ),
-)  # fmt: skip
+    ("name", "variant"),
+    [("gated", "map-relu"), ("averaged", "map"), ("grid", "map"), ("output_gate", "l2")],
+)
 def test_a_token_does_not_depend_on_its_neighbours(gpu, backend, name, variant):
     """The same bits alone and among others, whatever the tiles and wherever the mix runs."""
     inputs = make_inputs(name, variant, STANDARD._replace(lead=(70,)), BF16)
@@ -214,8 +240,8 @@ def test_a_token_does_not_depend_on_its_neighbours(gpu, backend, name, variant):
                     assert names(device)[1] == ("mix_and_expand" if few else "mix")
 
 
-@pytest.mark.parametrize("backend", ("triton",))
-def test_a_token_does_not_depend_on_its_sequence(gpu):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_does_not_depend_on_its_sequence(gpu, backend):
     """Merged factors: the same bits in a shorter sequence, and beside fewer."""
     inputs = make_inputs("averaged", "splits-sequence", STANDARD, BF16)
     with gpu(90) as device:
@@ -229,22 +255,18 @@ def test_a_token_does_not_depend_on_its_sequence(gpu):
             for got, want in zip(adapter("averaged", short, rows), whole, strict=True):
                 assert torch.equal(got, want[rows, :length])
             few = len(rows) * length <= 32
-            assert names(device)[:2] == (FEW_MERGED if few else MERGED[:2])
+            want = CUDA_MERGED if backend == "cuda" else FEW_MERGED if few else MERGED
+            assert names(device)[:2] == want[:2]
 
 
 # ---------------------------------------------------------------- shared weights
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("backend", "name", "variant"),
-    on_backends(
-        cuda=[("gated", "map-relu"), ("grid", "map")],
-        triton=[
-            ("gated", "map-relu"), ("averaged", "map"), ("grid", "map"),
-            ("output_gate", "masked-input"),
-        ],
-    ),
-)  # fmt: skip
+    ("name", "variant"),
+    [("gated", "map-relu"), ("averaged", "map"), ("grid", "map"), ("output_gate", "masked-input")],
+)
 def test_a_token_that_is_not_finite_spoils_no_other(gpu, name, variant):
     """Its row and its row of the weights are NaN; the others keep their bits."""
     inputs = make_inputs(name, variant, STANDARD._replace(lead=(70,)), BF16)
@@ -278,6 +300,13 @@ CUDA_WEIGHTS_ALONE = ["shrink", "mix", "outer", "add_parts"]
             ("gated", "token", "weights", ["shrink", "mix"]),
             ("grid", "map", "intuition", CUDA_WEIGHTS_ALONE),
             ("grid", "token", "intuition", ["shrink", "mix"]),
+            ("averaged", "map", "weights", CUDA_WEIGHTS_ALONE),
+            ("averaged", "token", "weights", ["shrink", "mix"]),
+            (
+                "averaged", "splits-sequence", "weights",
+                ["merge", "shrink", "outer", "unmerge"],
+            ),
+            ("output_gate", "l2", "gate", CUDA_WEIGHTS_ALONE),
         ],
         triton=[
             ("gated", "gelu_tanh-biases", "weights", WEIGHTS_ALONE),
@@ -305,7 +334,7 @@ def test_frozen_experts_with_trained_weights(gpu, name, variant, trained, want):
     torch.testing.assert_close(dweights, everything[f"d{trained}"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ("triton",))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_that_reaches_the_gates(gpu):
     """As a balance loss sends it, beside that of y and alone."""
     inputs = make_inputs("output_gate", "l2", STANDARD, BF16)
@@ -374,20 +403,18 @@ def known_memory(device):
     return KnownMemory(device) if hasattr(device, "take") else contextlib.nullcontext()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("backend", "name", "variant", "lead"),
-    on_backends(
-        cuda=[("gated", "map-relu", (20,)), ("grid", "map", (20,)), ("grid", "rank1", (20,))],
-        triton=[
-            ("gated", "map-relu", (20,)),
-            ("averaged", "map", (20,)),
-            ("averaged", "splits-sequence", (2, 10)),
-            ("grid", "map", (20,)),
-            ("grid", "rank1", (20,)),
-            ("output_gate", "masked-input", (20,)),
-            ("output_gate", "layernorm", (20,)),
-        ],
-    ),
+    ("name", "variant", "lead"),
+    [
+        ("gated", "map-relu", (20,)),
+        ("averaged", "map", (20,)),
+        ("averaged", "splits-sequence", (2, 10)),
+        ("grid", "map", (20,)),
+        ("grid", "rank1", (20,)),
+        ("output_gate", "masked-input", (20,)),
+        ("output_gate", "layernorm", (20,)),
+    ],
 )
 def test_opcheck(gpu, backend, name, variant, lead):
     calls = calls_of(gpu, backend, name, variant, lead)
@@ -401,12 +428,9 @@ def test_opcheck(gpu, backend, name, variant, lead):
 ROW_MAP = {"gated_forward": 6, "averaged_forward": 4, "grid_forward": 7}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("backend", "name", "variant"),
-    on_backends(
-        cuda=[("gated", "map-relu"), ("grid", "map")],
-        triton=[("gated", "map-relu"), ("averaged", "map"), ("grid", "map")],
-    ),
+    ("name", "variant"), [("gated", "map-relu"), ("averaged", "map"), ("grid", "map")]
 )
 def test_a_row_that_does_not_exist_reads_as_nan(gpu, backend, name, variant):
     """A wrong row_map reaches no foreign memory; on a GPU its values are not looked at before."""
@@ -428,61 +452,55 @@ def test_a_row_that_does_not_exist_reads_as_nan(gpu, backend, name, variant):
 
 
 # What would make a kernel read or write out of bounds, and the argument that the error names.
-CUDA_MIXES = ("gated", "grid")
-BAD_ARGUMENTS = [
-    ("gated_forward", "map-relu", 0, torch.zeros(20, 199, dtype=BF16), "x"),
-    ("gated_forward", "map-relu", 1, torch.zeros(8, 7, 200, dtype=BF16), "lora_up"),
-    ("gated_forward", "map-relu", 2, torch.zeros(7, 8, dtype=BF16), "down_bias"),
-    ("gated_forward", "map-relu", 4, torch.zeros(8, 135, dtype=BF16), "up_bias"),
-    ("gated_forward", "map-relu", 5, torch.zeros(4, 7), "weights"),
-    ("gated_forward", "map-relu", 5, torch.zeros(4, 8, dtype=BF16), "weights"),
-    ("gated_forward", "map-relu", 6, torch.zeros(19, dtype=torch.int32), "row_map"),
-    ("gated_forward", "map-relu", 6, torch.zeros(20, dtype=torch.int64), "row_map"),
-    ("gated_forward", "map-relu", 9, torch.zeros(20, 135, dtype=BF16), "y"),
-    ("gated_forward", "map-relu", 11, 4, "activation"),
-    ("gated_backward", "map-relu", 0, torch.zeros(19, 136, dtype=BF16), "dy"),
-    ("gated_backward", "map-relu", 9, torch.zeros(20, 63), "hidden"),
-    ("gated_backward", "map-relu", 10, torch.zeros(20, 199, dtype=BF16), "dx"),
-    ("averaged_forward", "map", 3, torch.zeros(4, 9), "weights"),
-    ("averaged_forward", "map", 7, 3, "splits"),
-    ("averaged_forward", "map", 9, True, "row_map"),
-    ("averaged_backward", "map", 6, torch.zeros(20, 8), "hidden"),
-    ("averaged_backward", "map", 7, torch.zeros(20, 199, dtype=BF16), "dx"),
-    ("grid_forward", "map", 0, torch.zeros(20, 199, dtype=BF16), "x"),
-    ("grid_forward", "map", 1, torch.zeros(8, 1, 200, dtype=BF16), "lora_down"),
-    ("grid_forward", "map", 2, torch.zeros(0, 136, dtype=BF16), "lora_up"),
-    ("grid_forward", "map", 4, torch.zeros(1), "omega"),
-    ("grid_forward", "map", 5, torch.zeros(2, dtype=BF16), "beta"),
-    ("grid_forward", "map", 6, torch.zeros(4, 63), "intuition"),
-    ("grid_forward", "map", 7, torch.zeros(19, dtype=torch.int32), "row_map"),
-    ("grid_forward", "map", 9, torch.zeros(20, 135, dtype=BF16), "y"),
-    ("grid_forward", "map", 12, True, "router"),
-    ("grid_backward", "map", 0, torch.zeros(19, 136, dtype=BF16), "dy"),
-    ("grid_backward", "map", 9, torch.zeros(20, 71), "hidden"),
-    ("grid_backward", "map", 10, torch.zeros(20, 199, dtype=BF16), "dx"),
-    ("output_gate_forward", "layernorm", 1, torch.zeros(8, 7, 200, dtype=BF16), "lora_up"),
-    ("output_gate_forward", "layernorm", 3, torch.zeros(64, 8), "projection"),
-    ("output_gate_forward", "layernorm", 4, torch.zeros(8, 8, 8, dtype=BF16), "factors"),
-    ("output_gate_forward", "layernorm", 5, None, "means"),
-    ("output_gate_forward", "layernorm", 6, torch.zeros(7), "scales"),
-    ("output_gate_forward", "layernorm", 7, torch.zeros(2), "tau"),
-    ("output_gate_forward", "layernorm", 8, torch.zeros(7, dtype=torch.bool), "mask"),
-    ("output_gate_forward", "layernorm", 10, torch.zeros(20, 135, dtype=BF16), "y"),
-    ("output_gate_forward", "layernorm", 11, 4, "normalization"),
-    ("output_gate_backward", "layernorm", 0, torch.zeros(19, 136, dtype=BF16), "dy"),
-    ("output_gate_backward", "layernorm", 1, torch.zeros(20, 7), "dgates"),
-    ("output_gate_backward", "layernorm", 10, torch.zeros(20, 63), "hidden"),
-    ("output_gate_backward", "layernorm", 11, torch.zeros(19, 8), "gates"),
-    ("output_gate_backward", "layernorm", 12, torch.zeros(20, 199, dtype=BF16), "dx"),
-]
-
-
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("backend", "operator", "variant", "position", "bad", "name"),
-    on_backends(
-        cuda=[case for case in BAD_ARGUMENTS if case[0].rsplit("_", 1)[0] in CUDA_MIXES],
-        triton=BAD_ARGUMENTS,
-    ),
+    ("operator", "variant", "position", "bad", "name"),
+    [
+        ("gated_forward", "map-relu", 0, torch.zeros(20, 199, dtype=BF16), "x"),
+        ("gated_forward", "map-relu", 1, torch.zeros(8, 7, 200, dtype=BF16), "lora_up"),
+        ("gated_forward", "map-relu", 2, torch.zeros(7, 8, dtype=BF16), "down_bias"),
+        ("gated_forward", "map-relu", 4, torch.zeros(8, 135, dtype=BF16), "up_bias"),
+        ("gated_forward", "map-relu", 5, torch.zeros(4, 7), "weights"),
+        ("gated_forward", "map-relu", 5, torch.zeros(4, 8, dtype=BF16), "weights"),
+        ("gated_forward", "map-relu", 6, torch.zeros(19, dtype=torch.int32), "row_map"),
+        ("gated_forward", "map-relu", 6, torch.zeros(20, dtype=torch.int64), "row_map"),
+        ("gated_forward", "map-relu", 9, torch.zeros(20, 135, dtype=BF16), "y"),
+        ("gated_forward", "map-relu", 11, 4, "activation"),
+        ("gated_backward", "map-relu", 0, torch.zeros(19, 136, dtype=BF16), "dy"),
+        ("gated_backward", "map-relu", 9, torch.zeros(20, 63), "hidden"),
+        ("gated_backward", "map-relu", 10, torch.zeros(20, 199, dtype=BF16), "dx"),
+        ("averaged_forward", "map", 3, torch.zeros(4, 9), "weights"),
+        ("averaged_forward", "map", 7, 3, "splits"),
+        ("averaged_forward", "map", 9, True, "row_map"),
+        ("averaged_backward", "map", 6, torch.zeros(20, 8), "hidden"),
+        ("averaged_backward", "map", 7, torch.zeros(20, 199, dtype=BF16), "dx"),
+        ("grid_forward", "map", 0, torch.zeros(20, 199, dtype=BF16), "x"),
+        ("grid_forward", "map", 1, torch.zeros(8, 1, 200, dtype=BF16), "lora_down"),
+        ("grid_forward", "map", 2, torch.zeros(0, 136, dtype=BF16), "lora_up"),
+        ("grid_forward", "map", 4, torch.zeros(1), "omega"),
+        ("grid_forward", "map", 5, torch.zeros(2, dtype=BF16), "beta"),
+        ("grid_forward", "map", 6, torch.zeros(4, 63), "intuition"),
+        ("grid_forward", "map", 7, torch.zeros(19, dtype=torch.int32), "row_map"),
+        ("grid_forward", "map", 9, torch.zeros(20, 135, dtype=BF16), "y"),
+        ("grid_forward", "map", 12, True, "router"),
+        ("grid_backward", "map", 0, torch.zeros(19, 136, dtype=BF16), "dy"),
+        ("grid_backward", "map", 9, torch.zeros(20, 71), "hidden"),
+        ("grid_backward", "map", 10, torch.zeros(20, 199, dtype=BF16), "dx"),
+        ("output_gate_forward", "layernorm", 1, torch.zeros(8, 7, 200, dtype=BF16), "lora_up"),
+        ("output_gate_forward", "layernorm", 3, torch.zeros(64, 8), "projection"),
+        ("output_gate_forward", "layernorm", 4, torch.zeros(8, 8, 8, dtype=BF16), "factors"),
+        ("output_gate_forward", "layernorm", 5, None, "means"),
+        ("output_gate_forward", "layernorm", 6, torch.zeros(7), "scales"),
+        ("output_gate_forward", "layernorm", 7, torch.zeros(2), "tau"),
+        ("output_gate_forward", "layernorm", 8, torch.zeros(7, dtype=torch.bool), "mask"),
+        ("output_gate_forward", "layernorm", 10, torch.zeros(20, 135, dtype=BF16), "y"),
+        ("output_gate_forward", "layernorm", 11, 4, "normalization"),
+        ("output_gate_backward", "layernorm", 0, torch.zeros(19, 136, dtype=BF16), "dy"),
+        ("output_gate_backward", "layernorm", 1, torch.zeros(20, 7), "dgates"),
+        ("output_gate_backward", "layernorm", 10, torch.zeros(20, 63), "hidden"),
+        ("output_gate_backward", "layernorm", 11, torch.zeros(19, 8), "gates"),
+        ("output_gate_backward", "layernorm", 12, torch.zeros(20, 199, dtype=BF16), "dx"),
+    ],
 )
 def test_operators_called_directly_do_not_leave_their_memory(
     gpu, backend, operator, variant, position, bad, name

@@ -96,20 +96,29 @@ template <class T>
 struct RowAddress {
   const T *experts, *others;
   int R;
-  int64_t columns;
+  int64_t columns, ld;
 
   __device__ RowAddress(const Rows& rows, int64_t columns)
       : experts(static_cast<const T*>(rows.experts)),
         others(static_cast<const T*>(rows.others)),
         R(rows.R),
-        columns(columns) {}
-  __device__ bool aligned() const {
-    return aligned16(experts, columns) && aligned16(others, columns);
-  }
+        columns(columns),
+        ld(rows.ld ? rows.ld : columns) {}
+  __device__ bool aligned() const { return aligned16(experts, ld) && aligned16(others, columns); }
   __device__ const T* operator()(int c) const {
-    return c < R ? experts + c * columns : others + (c - R) * columns;
+    return c < R ? experts + c * ld : others + (c - R) * columns;
   }
 };
+
+// Pointers `distance` elements further.
+template <class T>
+__device__ __forceinline__ void advance(const void*& p, int64_t distance) {
+  if (p) p = static_cast<const T*>(p) + distance;
+}
+template <class T>
+__device__ __forceinline__ void advance(void*& p, int64_t distance) {
+  p = static_cast<T*>(p) + distance;
+}
 
 // ---------------------------------------------------------------- dropout
 

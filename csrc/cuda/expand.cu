@@ -16,9 +16,10 @@ struct ExpandTile {
   static constexpr int kPitch = kColumns + kChunk<T>;
   static constexpr int kStagePitch = kColumns + 8;  // elements of A: rows of a sum in other banks
 
-  int rows;  // in shared memory at a time
-  __host__ __device__ explicit ExpandTile(int64_t ldh)
-      : rows(static_cast<int>(ldh < kRows ? ldh : kRows)) {}
+  int width;  // coefficients of a token
+  int rows;   // in shared memory at a time
+  __host__ __device__ explicit ExpandTile(const Rows& r)
+      : width(static_cast<int>(padded(r.count()))), rows(width < kRows ? width : kRows) {}
   __host__ __device__ int h_pitch() const { return rows + kChunk<T>; }
   __host__ __device__ int strip_size() const { return rows * kPitch; }
   __host__ __device__ int h_size() const { return kTokens * h_pitch(); }
@@ -128,26 +129,31 @@ __device__ void add_statistics(const Statistics& s) {
   }
 }
 
-// Grid: strips x walks, and one block for the statistics if there are any.
+// Grid: strips x walks of all products, and one block for the statistics if there are any.
 template <class T, bool kMasked>
 __global__ void __launch_bounds__(32 * ExpandTile<T>::kWarps, 2)
-    expand_kernel(const Expand p, int strips, int64_t tiles_per_walk) {
+    expand_kernel(Expand p, int strips, int64_t tiles_per_walk) {
   extern __shared__ __align__(16) char shared[];
   using S = ExpandTile<T>;
   using A = acc_t<T>;
   const int64_t tiles = ceil_div<int64_t>(p.T, S::kTokens);
-  const int64_t first = blockIdx.x / strips * tiles_per_walk;
+  const int64_t walk = blockIdx.x / strips, walks = ceil_div(tiles, tiles_per_walk);
+  const int64_t product = walk / walks, first = walk % walks * tiles_per_walk;
   const int64_t last = min(tiles, first + tiles_per_walk);
-  if (first >= tiles) return add_statistics<A>(p.statistics);
+  if (product == p.batch.count) return add_statistics<A>(p.statistics);
+  advance<T>(p.h, product * p.batch.coefficients);
+  advance<T>(p.rows.experts, product * p.batch.rows);
+  advance<T>(p.bias, product * p.batch.bias);
+  advance<T>(p.y, product * p.batch.vectors);
 
-  const S shape(p.ldh);
+  const S shape(p.rows);
   T* strip = reinterpret_cast<T*>(shared);
   T* h = strip + shape.strip_size() + warp_id() * 16 * shape.h_pitch();
   A* stage = reinterpret_cast<A*>(strip + shape.strip_size() + shape.h_size()) +
              warp_id() * 16 * S::kStagePitch;
   const int64_t n0 = static_cast<int64_t>(blockIdx.x % strips) * S::kColumns;
   const RowAddress<T> address(p.rows, p.columns);
-  const bool rows_aligned = address.aligned(), resident = p.ldh <= S::kRows;
+  const bool rows_aligned = address.aligned(), resident = shape.width <= S::kRows;
   const int count = p.rows.count();
   Dropout dropout = {};
   if (kMasked) dropout = load_dropout(p.masks);
@@ -158,15 +164,15 @@ __global__ void __launch_bounds__(32 * ExpandTile<T>::kWarps, 2)
   };
   const auto copy_h = [&](int64_t t0, int c0, int rows) {
     const T* from = static_cast<const T*>(p.h);
-    copy_rows(h, shape.h_pitch(), 16, rows, c0, p.ldh, true, lane_id(), 32,
+    copy_rows(h, shape.h_pitch(), 16, rows, c0, shape.width, true, lane_id(), 32,
               [&](int i) { return t0 + i < p.T ? from + (t0 + i) * p.ldh : nullptr; });
   };
 
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t t0 = tile * S::kTokens + warp_id() * 16;
     A sums[S::kTiles][4] = {}, total[S::kTiles][4] = {};
-    for (int c0 = 0; c0 < p.ldh; c0 += S::kRows) {
-      const int rows = min(static_cast<int>(p.ldh) - c0, S::kRows);
+    for (int c0 = 0; c0 < shape.width; c0 += S::kRows) {
+      const int rows = min(shape.width - c0, S::kRows);
       const bool shared_is_new = !resident || tile == first;
       if (shared_is_new) {
         __syncthreads();
@@ -193,7 +199,7 @@ __global__ void __launch_bounds__(32 * ExpandTile<T>::kWarps, 2)
     }
     // The next tile's coefficients travel while this one's sums are written.
     __syncwarp();
-    if (resident && tile + 1 < last) copy_h(t0 + S::kTokens, 0, static_cast<int>(p.ldh));
+    if (resident && tile + 1 < last) copy_h(t0 + S::kTokens, 0, shape.width);
     write_tokens<T>(p, t0, n0, kMasked ? total : sums, stage);
   }
 }
@@ -227,13 +233,14 @@ void launch_expand(DType dtype, const Expand& p, void* stream) {
     const int64_t tiles = ceil_div<int64_t>(p.T, S::kTokens);
     // Long walks read the rows less often; but every multiprocessor should have its blocks.
     const int64_t blocks = int64_t{kBlocksPerMultiprocessor} * current_device().multiprocessors;
-    const int64_t per_walk =
-        ceil_div(tiles, std::clamp<int64_t>(blocks / std::max<int64_t>(strips, 1), 1, tiles));
-    const int64_t walks = ceil_div(tiles, per_walk);
+    const int64_t per_walk = ceil_div(
+        tiles,
+        std::clamp<int64_t>(blocks / std::max<int64_t>(strips * p.batch.count, 1), 1, tiles));
+    const int64_t walks = p.batch.count * ceil_div(tiles, per_walk);
     const auto kernel = p.masks.seed ? expand_kernel<T, true> : expand_kernel<T, false>;
     launch("expand", kernel,
            dim3(static_cast<unsigned>(strips * walks + (p.statistics.blocks ? 1 : 0))),
-           32 * S::kWarps, S(p.ldh).shared_bytes(), stream, p, static_cast<int>(strips), per_walk);
+           32 * S::kWarps, S(p.rows).shared_bytes(), stream, p, static_cast<int>(strips), per_walk);
   });
 }
 

@@ -12,6 +12,7 @@
 #include "mix/gated.h"
 #include "mix/grid.h"
 #include "mix/host_device.h"
+#include "mix/output_gate.h"
 #include "mix/row_map.h"
 
 namespace moelora::cuda {
@@ -29,6 +30,7 @@ struct Rows {
   const void* experts;  // [R, columns], contiguous
   const void* others;   // [extra, columns], contiguous
   int R, r, extra;
+  int64_t ld = 0;  // from one of the experts' rows to the next; 0: contiguous
 
   MOELORA_HD int count() const { return R + extra; }
 };
@@ -42,6 +44,15 @@ struct Masks {
 
 // ---------------------------------------------------------------- the products
 
+// Products of one shape in one launch: how many, and how many elements apart what they use is.
+struct Batch {
+  int64_t count = 1;
+  int64_t vectors = 0;       // v or y
+  int64_t rows = 0;          // the experts', or where an outer product of them goes
+  int64_t coefficients = 0;  // h
+  int64_t bias = 0;
+};
+
 // h[t, c] = <mask(v_t), row_c>.
 struct Shrink {
   int64_t T, columns;  // columns of v and the rows: what is summed over
@@ -49,7 +60,10 @@ struct Shrink {
   int64_t ldv;
   Rows rows;
   Masks masks;
-  void* partials;  // A [parts, T, rows.count()] unless the plan is fused
+  void* partials;  // A [parts, T, batch.count, rows.count()] unless the plan is fused
+  Batch batch;
+
+  MOELORA_HD int64_t columns_of_h() const { return batch.count * rows.count(); }
 };
 
 // Sums over the columns go in segments whose length depends on their number alone; each segment
@@ -95,8 +109,8 @@ struct Statistics {
 // y[t] = (bias or y[t]) + mask ⊙ Σ_c h[t, c] row_c.  No 1 / (1 - p).
 struct Expand {
   int64_t T, columns;
-  const void* h;  // [T, ldh] with zeros from rows.count() on
-  int64_t ldh;    // padded(rows.count())
+  const void* h;  // [T, padded(rows.count())], ldh; zeros from rows.count() on
+  int64_t ldh;
   Rows rows;
   Masks masks;
   const void* bias;  // [columns] or null; only without accumulate
@@ -104,20 +118,22 @@ struct Expand {
   int64_t ldy;
   bool accumulate;  // start from what y holds
   Statistics statistics;
+  Batch batch;
 };
 // Coefficients come in rows of whole tensor-core steps.
 MOELORA_HD int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 // rows_c = Σ_t h[t, c] mask ⊙ v_t.
 struct OuterProduct {
-  const void* h;  // [T, ldh], as above
+  const void* h;  // [T, padded(rows.count())], ldh, as above
   int64_t ldh;
   const void* v;  // [T, columns], ldv
   int64_t ldv, columns;
-  Rows rows;  // no pointers: how many
+  Rows rows;  // no pointers: how many, and how far apart they are written
   Masks masks;
+  Batch batch;
 
-  MOELORA_HD int64_t size() const { return rows.count() * columns; }
+  MOELORA_HD int64_t size() const { return batch.count * rows.count() * columns; }
 };
 // out[row] = scale Σ values[t], over the tokens of each row of a table.  A row that the table does
 // not have gets nothing.
@@ -160,7 +176,8 @@ void plan_outer(DType dtype, Device device, Outer& outer);
 // The product alone, one launch or, if parts have to be added, two: sums A [T, rows.count()].
 void launch_shrink(DType dtype, const Shrink& p, const ShrinkPlan& plan, void* sums, void* stream);
 void launch_expand(DType dtype, const Expand& p, void* stream);
-void launch_outer(DType dtype, const Outer& p, void* stream);  // two launches
+void launch_outer_parts(DType dtype, const Outer& p, void* stream);  // the first of two launches
+void launch_outer(DType dtype, const Outer& p, void* stream);
 // Coefficients as expand and outer read them: from A [T, columns] to [T, padded(columns)].
 void launch_round(DType dtype, int64_t T, int columns, const void* from, void* to, void* stream);
 void set_zero(void* data, int64_t bytes, void* stream);
@@ -255,6 +272,92 @@ int64_t row_bytes(DType dtype, const GridBackward& mix);
 void launch_mix(DType dtype, const Shrink& p, const GridForward& mix, const ShrinkPlan& plan,
                 void* stream);
 void launch_mix(DType dtype, const Shrink& p, const GridBackward& mix, const ShrinkPlan& plan,
+                void* stream);
+
+struct Averaged {
+  int E, r, splits;  // of the features, each with weights of its own
+  double scale;
+  Table weights;  // splits E columns
+  void* hidden;   // A [T, splits R]
+  void* mixed;    // [T, splits, padded(R)]: H'
+
+  MOELORA_HD int pairs() const { return splits * E; }
+};
+struct AveragedForward : Averaged {};
+struct AveragedBackward : Averaged {  // mixed: null if not wanted
+  void* dhidden;                      // [T, splits, padded(R)]
+  void* dweights;                     // A [T, splits E]: each token's share; or null
+};
+// The factors of the experts, merged for each row of a table: A = Σ_e w_e A_e, B = s Σ_e w_e B_e.
+struct Merged {
+  int E, r, splits;
+  int64_t rows;  // of the table
+  double scale;
+  const void* weights;  // A [rows, splits E]
+  struct Factor {
+    const void* experts;  // [E, r, columns]
+    void* merged;         // [rows, r, columns]
+    int64_t columns;
+  } down, up;
+};
+void launch_merge(DType dtype, const Merged& p, void* stream);
+
+// hidden of the tokens of all rows, which meet the merged factor of theirs.
+struct MergedHidden {
+  void* hidden;   // A [T, r]: the product, if dhidden is null; else what forward has saved
+  void* dhidden;  // [T, padded(r)] or null: the product
+  void* low;      // [T, padded(r)]: hidden
+};
+void launch_merged_shrink(DType dtype, const Shrink& p, const ShrinkPlan& plan,
+                          const MergedHidden& to, void* stream);
+
+// From the gradients of the merged factors to those of the experts and of the weights.
+struct Unmerge {
+  Merged factors;
+  int parts;              // chunks of tokens, to be added
+  const void* gradients;  // A [parts, rows, r, columns of up and then of down]
+  void *dup, *ddown;      // [E, r, columns]; null if not wanted
+  void* dweights;         // A [rows, splits E]; null if not wanted
+};
+void launch_unmerge(DType dtype, const Unmerge& p, void* stream);
+
+int64_t row_bytes(DType dtype, const AveragedForward& mix);
+int64_t row_bytes(DType dtype, const AveragedBackward& mix);
+void launch_mix(DType dtype, const Shrink& p, const AveragedForward& mix, const ShrinkPlan& plan,
+                void* stream);
+void launch_mix(DType dtype, const Shrink& p, const AveragedBackward& mix, const ShrinkPlan& plan,
+                void* stream);
+
+struct OutputGating {
+  int E, r;
+  Normalization normalization;
+  double width;  // N
+  // A, see mix/output_gate.h; means for kLayerNorm only, mask or null
+  const void *projection, *factors, *means, *scales, *tau;
+  const uint8_t* mask;
+  bool mask_input;
+  void* hidden;  // A [T, R]
+  void* gates;   // A [T, E]
+
+  MOELORA_HD int input_columns() const {
+    return E * r + (normalization == Normalization::kLayerNorm ? 1 : 0);
+  }
+};
+struct OutputGateForward : OutputGating {
+  void* mixed;  // [T, padded(R)]: H'
+};
+struct OutputGateBackward : OutputGating {
+  const void* dgates;  // A [T, E] or null: what reaches the gates from elsewhere
+  void* normalized;    // A [T, input_columns()]: what P is multiplied by
+  void* dlogits;       // A [T, E]
+  void* dtau;          // A [T]: each token's share
+  void* dhidden;       // [T, padded(R)]; null if not wanted
+};
+int64_t row_bytes(DType dtype, const OutputGateForward& mix);
+int64_t row_bytes(DType dtype, const OutputGateBackward& mix);
+void launch_mix(DType dtype, const Shrink& p, const OutputGateForward& mix, const ShrinkPlan& plan,
+                void* stream);
+void launch_mix(DType dtype, const Shrink& p, const OutputGateBackward& mix, const ShrinkPlan& plan,
                 void* stream);
 
 }  // namespace moelora::cuda

@@ -39,7 +39,7 @@ struct Fused {
   Mix mix;
 
   template <int kTiles>
-  __device__ __forceinline__ void operator()(const Shrink& p, int64_t t0, int c0, int columns,
+  __device__ __forceinline__ void operator()(const Shrink& p, int64_t, int64_t t0, int, int columns,
                                              A (&total)[kTiles][4], char* shared) const {
     const int tokens = blockDim.x / 2, pitch = odd(columns), own = warp_id() * 16;
     A* tile = reinterpret_cast<A*>(shared);
@@ -82,13 +82,13 @@ void launch_behind_shrink(const char* name, DType dtype, const Shrink& p, const 
   if constexpr (kFusable<T>)
     if (plan.fused) {
       const size_t tile_bytes = ShrinkTile<T>::shared_bytes(plan.warps, p.rows.count());
-      return launch(name, shrink_kernel<T, false, Fused<A, Mix>>, shrink_grid(p.T, plan, 1),
+      return launch(name, shrink_kernel<T, false, Fused<A, Mix>>, shrink_grid(p, plan, 1),
                     32 * plan.warps, std::max(tile_bytes, mix_bytes), stream, p, {mix});
     }
   launch_partials(dtype, p, plan, stream);
   launch(name, mix_kernel<A, Mix>, dim3(static_cast<unsigned>(plan.mix_blocks)), 32 * kMixWarps,
-         mix_bytes, stream, static_cast<const A*>(p.partials), plan.parts, p.T, p.rows.count(),
-         plan.mix_tokens, mix);
+         mix_bytes, stream, static_cast<const A*>(p.partials), plan.parts, p.T,
+         static_cast<int>(p.columns_of_h()), plan.mix_tokens, mix);
 }
 
 }  // namespace moelora::cuda

@@ -18,9 +18,10 @@ struct OuterTile {
   static constexpr int kStages = 3;
   static constexpr int kPitch = kColumns + kChunk<T>;
 
-  int rows;  // of h at a time
-  __host__ __device__ explicit OuterTile(int64_t ldh)
-      : rows(static_cast<int>(ldh < kRows ? ldh : kRows)) {}
+  int width;  // of h
+  int rows;   // of it at a time
+  __host__ __device__ explicit OuterTile(const OuterProduct& p)
+      : width(static_cast<int>(padded(p.rows.count()))), rows(width < kRows ? width : kRows) {}
   __host__ __device__ int h_pitch() const { return rows + kChunk<T>; }
   __host__ __device__ int stage_size() const { return kTokens * (kPitch + h_pitch()); }
   int64_t shared_bytes() const { return int64_t{kStages} * stage_size() * sizeof(T); }
@@ -29,7 +30,7 @@ struct OuterTile {
     return ceil_div<int64_t>(p.columns, kColumns);
   }
   static __host__ __device__ int64_t blocks(const OuterProduct& p) {
-    return strips(p) * ceil_div(p.rows.count(), kRows);
+    return p.batch.count * strips(p) * ceil_div(p.rows.count(), kRows);
   }
 };
 
@@ -131,14 +132,17 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(con
   }
   const bool second = blockIdx.x >= first;
   const OuterProduct& product = p.products[second];
-  const int64_t block = second ? blockIdx.x - first : blockIdx.x, strips = S::strips(product);
+  const int64_t strips = S::strips(product), count = product.batch.count;
+  const int64_t block = (second ? blockIdx.x - first : blockIdx.x) / count;
+  const int64_t one = (second ? blockIdx.x - first : blockIdx.x) % count;
   const int64_t n0 = block % strips * S::kColumns;
   const int c0 = static_cast<int>(block / strips) * S::kRows;
   const int rows = min(product.rows.count() - c0, S::kRows);
 
-  const S shape(product.ldh);
+  const S shape(product);
   T* stages = reinterpret_cast<T*>(shared);
-  const T *h = static_cast<const T*>(product.h), *v = static_cast<const T*>(product.v);
+  const T* h = static_cast<const T*>(product.h) + one * product.batch.coefficients;
+  const T* v = static_cast<const T*>(product.v) + one * product.batch.vectors;
   const bool v_aligned = aligned16(v, product.ldv);
   const auto copy = [&](int step) {
     T* to = stages + step % S::kStages * shape.stage_size();
@@ -146,7 +150,7 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(con
     copy_rows(to, S::kPitch, S::kTokens, S::kColumns, n0, product.columns, v_aligned, threadIdx.x,
               blockDim.x,
               [&](int i) { return t0 + i < t_end ? v + (t0 + i) * product.ldv : nullptr; });
-    copy_rows(to + S::kTokens * S::kPitch, shape.h_pitch(), S::kTokens, shape.rows, c0, product.ldh,
+    copy_rows(to + S::kTokens * S::kPitch, shape.h_pitch(), S::kTokens, shape.rows, c0, shape.width,
               true, threadIdx.x, blockDim.x,
               [&](int i) { return t0 + i < t_end ? h + (t0 + i) * product.ldh : nullptr; });
   };
@@ -191,13 +195,13 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(con
   }
 
   A* out = static_cast<A*>(p.partials) + blockIdx.y * p.size() +
-           (second ? p.products[0].size() : 0) + c0 * product.columns;
+           (second ? p.products[0].size() : 0) + one * product.batch.rows;
+  const int64_t ld = product.rows.ld ? product.rows.ld : product.columns;
 #pragma unroll
   for (int m = 0; m < S::kRowTiles; ++m)
     for_each_sum(sums[m], [&](int row, int c, A sum) {
       const int64_t n = n0 + warp_id() * 8 * S::kTiles + c;
-      if (16 * m + row < rows && n < product.columns)
-        out[(16 * m + row) * product.columns + n] = sum;
+      if (16 * m + row < rows && n < product.columns) out[(c0 + 16 * m + row) * ld + n] = sum;
     });
 }
 
@@ -239,8 +243,7 @@ void plan_outer(DType dtype, Device device, Outer& outer) {
   });
 }
 
-void launch_outer(DType dtype, const Outer& p, void* stream) {
-  if (p.size() == 0) return;
+void launch_outer_parts(DType dtype, const Outer& p, void* stream) {
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using S = OuterTile<T>;
@@ -249,10 +252,18 @@ void launch_outer(DType dtype, const Outer& p, void* stream) {
     const int64_t blocks = S::blocks(p.products[0]) + S::blocks(p.products[1]) +
                            sum_blocks(p.sums[0]) + sum_blocks(p.sums[1]);
     const int64_t shared =
-        std::max({S(p.products[0].ldh).shared_bytes(), S(p.products[1].ldh).shared_bytes(),
+        std::max({S(p.products[0]).shared_bytes(), S(p.products[1]).shared_bytes(),
                   static_cast<int64_t>(kThreads * sizeof(acc_t<T>))});
     launch("outer", masked ? outer_kernel<T, true> : outer_kernel<T, false>,
            dim3(static_cast<unsigned>(blocks), p.parts), kThreads, shared, stream, p);
+  });
+}
+
+void launch_outer(DType dtype, const Outer& p, void* stream) {
+  if (p.size() == 0) return;
+  launch_outer_parts(dtype, p, stream);
+  dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
     launch("add_parts", add_parts_kernel<T>, flat_grid(p.size()), kFlatThreads, 0, stream, p);
   });
 }

@@ -7,12 +7,14 @@ namespace {
 template <class A>
 struct WritePartials {
   template <int kTiles>
-  __device__ __forceinline__ void operator()(const Shrink& p, int64_t t0, int c0, int columns,
-                                             A (&total)[kTiles][4], char*) const {
-    const int count = p.rows.count(), own = warp_id() * 16;
-    A* out = static_cast<A*>(p.partials) + (blockIdx.z * p.T + t0) * count + c0;
+  __device__ __forceinline__ void operator()(const Shrink& p, int64_t product, int64_t t0, int c0,
+                                             int columns, A (&total)[kTiles][4], char*) const {
+    const int own = warp_id() * 16;
+    const int64_t ld = p.columns_of_h();
+    A* out =
+        static_cast<A*>(p.partials) + (blockIdx.z * p.T + t0) * ld + product * p.rows.count() + c0;
     for_each_sum(total, [&](int row, int c, A sum) {
-      if (c < columns && t0 + own + row < p.T) out[int64_t{own + row} * count + c] = sum;
+      if (c < columns && t0 + own + row < p.T) out[(own + row) * ld + c] = sum;
     });
   }
 };
@@ -21,10 +23,11 @@ template <class T>
 ShrinkPlan plan(const Shrink& p, Device device) {
   ShrinkPlan plan = {};
   // Twice the tokens per block read the weights half as often, where blocks remain for all.
-  plan.warps =
-      ceil_div<int64_t>(p.T, 16 * ShrinkTile<T>::kMostWarps) >= device.multiprocessors ? 8 : 4;
-  const int64_t tiles =
-      ceil_div<int64_t>(p.T, 16 * plan.warps) * ceil_div(p.rows.count(), ShrinkTile<T>::kColumns);
+  const auto tiles_of = [&](int warps) {
+    return p.batch.count * ceil_div<int64_t>(p.T, 16 * warps);
+  };
+  plan.warps = tiles_of(ShrinkTile<T>::kMostWarps) >= device.multiprocessors ? 8 : 4;
+  const int64_t tiles = tiles_of(plan.warps) * ceil_div(p.rows.count(), ShrinkTile<T>::kColumns);
   // With fewer blocks than half of the multiprocessors, segments of one tile go to several.
   plan.parts = 2 * tiles >= device.multiprocessors ? 1 : segments(p.columns);
   return plan;
@@ -34,8 +37,8 @@ template <class T>
 void plan_mix(const Shrink& p, int64_t row_bytes, Device device, ShrinkPlan& plan) {
   const int64_t tokens = 16 * plan.warps;
   const bool enough = 2 * ceil_div(p.T, tokens) >= device.multiprocessors;
-  plan.fused = enough && p.rows.count() <= ShrinkTile<T>::kColumns && kFusable<T> &&
-               !p.masks.seed && tokens * row_bytes <= device.shared_bytes;
+  plan.fused = enough && p.batch.count == 1 && p.rows.count() <= ShrinkTile<T>::kColumns &&
+               kFusable<T> && !p.masks.seed && tokens * row_bytes <= device.shared_bytes;
   const int64_t most = std::min<int64_t>(device.shared_bytes / row_bytes, 64);
   if (most == 0)
     throw std::runtime_error("experts: E * r = " + std::to_string(p.rows.R) +
@@ -80,7 +83,7 @@ void launch_partials(DType dtype, const Shrink& p, const ShrinkPlan& plan, void*
     using Finish = WritePartials<acc_t<T>>;
     const auto kernel =
         p.masks.seed ? shrink_kernel<T, true, Finish> : shrink_kernel<T, false, Finish>;
-    launch("shrink", kernel, shrink_grid(p.T, plan, ceil_div(p.rows.count(), S::kColumns)),
+    launch("shrink", kernel, shrink_grid(p, plan, ceil_div(p.rows.count(), S::kColumns)),
            32 * plan.warps, S::shared_bytes(plan.warps, p.rows.count()), stream, p, Finish{});
   });
 }

@@ -122,28 +122,31 @@ __device__ __forceinline__ void shrink_tile(const Shrink& p, int64_t t0, int c0,
   }
 }
 
-// Grid: token tiles x column tiles x parts of the features.
-//   finish(p, t0, c0, columns, total, shared) takes the sums
+// Grid: token tiles of all products x column tiles x parts of the features.
+//   finish(p, product, t0, c0, columns, total, shared) takes the sums
 template <class T, bool kMasked, class Finish>
 __global__ void __launch_bounds__(32 * ShrinkTile<T>::kMostWarps, 1)
-    shrink_kernel(const Shrink p, const Finish finish) {
+    shrink_kernel(Shrink p, const Finish finish) {
   extern __shared__ __align__(16) char shared[];
   using S = ShrinkTile<T>;
-  const int64_t t0 = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 2);
+  const int64_t tiles = ceil_div<int64_t>(p.T, blockDim.x / 2), product = blockIdx.x / tiles;
+  const int64_t t0 = blockIdx.x % tiles * (blockDim.x / 2);
+  advance<T>(p.v, product * p.batch.vectors);
+  advance<T>(p.rows.experts, product * p.batch.rows);
   const int c0 = blockIdx.y * S::kColumns, columns = min(p.rows.count() - c0, S::kColumns);
   const int64_t length = gridDim.z == 1 ? p.columns : segment_length(p.columns);
   const int64_t k0 = blockIdx.z * length, k1 = min(p.columns, k0 + length);
   acc_t<T> total[S::kTiles][4] = {};
   shrink_tile<T, kMasked>(p, t0, c0, columns, k0, k1, reinterpret_cast<T*>(shared), total);
-  finish(p, t0, c0, columns, total, shared);
+  finish(p, product, t0, c0, columns, total, shared);
 }
 
 // Into p.partials.
 void launch_partials(DType dtype, const Shrink& p, const ShrinkPlan& plan, void* stream);
 
-inline dim3 shrink_grid(int64_t T, const ShrinkPlan& plan, int column_tiles) {
-  return dim3(static_cast<unsigned>(ceil_div<int64_t>(T, 16 * plan.warps)), column_tiles,
-              plan.parts);
+inline dim3 shrink_grid(const Shrink& p, const ShrinkPlan& plan, int column_tiles) {
+  return dim3(static_cast<unsigned>(p.batch.count * ceil_div<int64_t>(p.T, 16 * plan.warps)),
+              column_tiles, plan.parts);
 }
 
 }  // namespace moelora::cuda

@@ -108,7 +108,7 @@ def compile(target: Path, *command) -> Path:
 def compile_bindings(directory: Path, pool: ThreadPoolExecutor) -> list[Path]:
     """The operators for CPU tensors, over what the kernels' host code is linked with."""
     command = [
-        "c++", "-O1", "-std=c++20", "-fPIC", "-Icsrc", "-DMOELORA_EMULATED",
+        "c++", "-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Icsrc", "-DMOELORA_EMULATED",
         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", TORCH / "include", "-c",
     ]  # fmt: skip
     return list(pool.map(lambda b: compile(directory / f"{b.stem}.o", *command, b), BINDINGS))
