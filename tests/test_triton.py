@@ -387,6 +387,8 @@ def test_what_every_block_does_by_itself():
     assert tiles.own_merge(32, 16, experts, experts, 2) is None
     assert tiles.own_merge(33, 1, experts, experts, 2) is None
     assert tiles.own_merge(0, 1, experts, experts, 2) is None
+    # A block reads 65 kB of them, and 252 kB cost as much as a launch.
+    assert [tiles.own_merge(1, 1, (E, 8, 4096), experts, 2) for E in (30, 31)] == [1, None]
 
 
 @pytest.mark.parametrize("itemsize", (2, 4))

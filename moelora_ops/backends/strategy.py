@@ -15,10 +15,12 @@ PATHS = {
 # Most tokens of the decode path.
 DECODE_TOKENS = 32
 
-# The model: bytes per second of device memory and between L2 and multiprocessors, operations per
-# second of tensor cores on 16-bit numbers, seconds that a launch costs beside its work.
+# The model: bytes per second of device memory, between L2 and multiprocessors and into one of them,
+# operations per second of tensor cores on 16-bit numbers, seconds that a launch costs beside its
+# work.
 DEVICE_MEMORY = 4.3e12
 L2 = 5.5e12
+INGEST = 0.75 * 64 * 1.755e9
 TENSOR_CORES = 790e12
 LAUNCH = 3e-6
 # Of a forward pass; a grouped one has one for each choice beside these.

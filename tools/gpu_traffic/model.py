@@ -4,7 +4,7 @@ Nothing here was measured.  A launch takes as long as its slowest resource; what
 start of a launch and its tail are one constant.
 """
 
-from moelora_ops.backends.strategy import DEVICE_MEMORY, LAUNCH, TENSOR_CORES
+from moelora_ops.backends.strategy import DEVICE_MEMORY, INGEST, LAUNCH, TENSOR_CORES
 from moelora_ops.backends.strategy import L2 as SLOWER_L2
 
 from .accounts import Account
@@ -12,7 +12,6 @@ from .accounts import Account
 MULTIPROCESSORS = 132
 # Between L2 and multiprocessors: published figures of this class, from and to.
 L2 = (7.0e12, SLOWER_L2)
-INGEST = 0.75 * 64 * 1.755e9  # bytes per second into one multiprocessor
 
 
 def seconds(account: Account) -> tuple[float, float]:

@@ -11,7 +11,7 @@ multiprocessors read again, which is the rows of every expert once per tile of t
 from math import prod
 from typing import NamedTuple
 
-from ..strategy import DECODE_TOKENS, L2, LAUNCH
+from ..strategy import DECODE_TOKENS, INGEST, L2, LAUNCH
 
 
 class Arch(NamedTuple):
@@ -249,12 +249,15 @@ def own_merge(
     """Tokens of a tile that holds a sequence, whose merged factors every block makes for itself.
 
     None if merging had better be a launch, for all sequences at once: for many tokens, or if every
-    sequence reading the experts ``[E, r, K]`` and ``[E, r, N]`` takes longer than that launch.
+    sequence reading the experts ``[E, r, K]`` and ``[E, r, N]`` takes longer than that launch, or
+    one block reading a segment of K.
     """
+    E, r, K = down
     length = tokens // max(sequences, 1)
     moved = sequences * itemsize * (prod(down) + prod(up))
-    few = 0 < tokens <= DECODE_TOKENS and moved <= LAUNCH * L2
-    return own_mix(length, power_of_2(down[1])) if few else None
+    of_block = itemsize * E * min(r, LEAST_COLUMNS) * segment(K)
+    few = 0 < tokens <= DECODE_TOKENS and moved <= LAUNCH * L2 and of_block <= LAUNCH * INGEST
+    return own_mix(length, power_of_2(r)) if few else None
 
 
 def routing(num_experts: int) -> Mix:
