@@ -24,21 +24,20 @@ EXPERT = {"dropout": 0.3, "dropout_mode": "expert", "seed": SEED}
 triton_ops = ops.of("triton")
 
 
-# Shapes of the shared list; and a rank that takes several blocks of columns.
+# Shapes of the shared list, but for a rank that takes several blocks and products.
 @pytest.mark.parametrize(
     ("shape", "arch", "dtype", "options"),
     [
         (Shape(0, 32, 48, 4, 2, 2), 90, BF16, {}),
-        (Shape(9, 40, 24, 128, 2, 3), 90, BF16, {"balance": True}),
+        (Shape(9, 40, 24, 128, 2, 3), 90, BF16, TOKEN | {"balance": True}),
         (Shape(40, 128, 130, 3, 4, 3), 90, F16, EXPERT),
-        (Shape(33, 65, 70, 2, 200, 2), 80, BF16, TOKEN),
-        (Shape(513, 17, 19, 4, 2, 2), 80, F32, {"renormalize": False, "balance": True}),
+        (Shape(513, 17, 19, 4, 72, 2), 80, F32, {"renormalize": False, "balance": True}),
     ],
     ids=str,
 )
 def test_matches_reference(shape, arch, dtype, options):
-    """Output, statistics and all gradients; 513 tokens are sorted by several blocks."""
-    draws = 4 if shape.T < 64 else 1
+    """Output, statistics and all gradients; 513 tokens are sorted and summed by several blocks."""
+    draws = 2 if shape.T < 64 else 1
     assert_within_budget(shape, dtype, lambda: gpu(arch), draws, strategy="grouped", **options)
 
 
@@ -76,11 +75,15 @@ def operator_arguments(inputs, y=None):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("blocks", (1, 2))
 @pytest.mark.parametrize("inputs", (make_inputs(STANDARD, BF16), skewed()), ids=("even", "skewed"))
-def test_pairs_are_sorted_by_expert_then_slot_then_token(inputs):
+def test_pairs_are_sorted_by_expert_then_slot_then_token(inputs, blocks, monkeypatch):
+    """Two tiles of tokens: a block walks both, or each has its own."""
     T, _, _, E, r, k = STANDARD
-    with gpu(90):
+    monkeypatch.setattr(grouped, "_SORTING", blocks)
+    with gpu(90) as device:
         saved, counts, _ = triton_ops.topk_forward(*operator_arguments(inputs))
+    assert device.launches[2].grid == (k, blocks, 1)
     kept = grouped.views(saved, T, E, r, k)
     pairs = torch.arange(T * k)
     key = (kept.selected.long() * k + pairs % k) * T + pairs // k
