@@ -183,14 +183,24 @@ def test_dropout_masks_are_those_of_the_reference(mode):
         assert torch.equal(dx != 0, want)
 
 
-def routed(x, router, top_k=2):
+def routed(x, router, top_k=2, features=136):
     """y and the routing of experts in rank space."""
     E, K = router.shape
     return functional.mola(
         x, None, None, normal(E, 8, K, dtype=x.dtype, seed=1),
-        normal(E, 8, 136, dtype=x.dtype, seed=2), router, top_k, 1.0,
-        base_output=torch.zeros(x.shape[0], 136, dtype=x.dtype), return_routing=True,
+        normal(E, 8, features, dtype=x.dtype, seed=2), router, top_k, 1.0,
+        base_output=torch.zeros(x.shape[0], features, dtype=x.dtype), return_routing=True,
     )  # fmt: skip
+
+
+def test_no_features_out():
+    """An expand of few tokens, whose first block would count, has none."""
+    x, router = normal(4, 200, dtype=BF16), normal(8, 200, dtype=BF16)
+    with gpu(90):
+        _, routing = routed(x, router, features=0)
+        _, want = routed(x, router)
+    assert torch.equal(routing.counts, want.counts) and want.counts.sum() == 8
+    torch.testing.assert_close(routing.prob_sums, want.prob_sums)
 
 
 def test_ties_go_to_the_lower_index():

@@ -150,8 +150,7 @@ def _forward(
     T, (E, r, _) = x.count, lora_down.shape
     pairs, WIDTH = splits * E, tiles.power_of_2(r)
     hidden = weights.new_empty((T, pairs * r))
-    own = tiles.own_mix(T, pairs * WIDTH)
-    copies = _expand.strips(y, splits) if own else 1
+    own, copies = _expand.own_mix(y, pairs * WIDTH, splits)
     mixed = launch.workspace(lora_down, copies * T, pairs * r)
     expand = _expand.plan(y, mixed, lora_up, accumulate=accumulate, bias=bias, splits=splits)
     sums, _, parts = _shrink.run(x, lora_down, out_a=hidden, splits=splits)
@@ -695,7 +694,7 @@ def _merged_forward(
     T, r = x.count, lora_down.shape[1]
     hidden = weights.new_empty((T, r))
     own = tiles.own_merge(T, len(weights), lora_down.shape, lora_up.shape, x.data.element_size())
-    if own:
+    if own and y.columns:
         _merged_by_blocks(
             x, lora_down, lora_up, weights, y, bias, hidden, splits, scale, accumulate, own
         )

@@ -139,6 +139,13 @@ def strips(y: launch.Rows, splits: int = 1) -> int:
     return splits * tiles.cdiv(y.columns // splits, tile.BN)
 
 
+def own_mix(y: launch.Rows, columns: int, splits: int = 1) -> tuple[int | None, int]:
+    """``tiles.own_mix`` of an expand onto y, and how many blocks write rows of their own, or 1."""
+    blocks = strips(y, splits)
+    own = tiles.own_mix(y.count, columns) if blocks else None
+    return own, blocks if own else 1
+
+
 def plan(
     y: launch.Rows,
     left_a: launch.Rows,

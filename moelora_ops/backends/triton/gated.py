@@ -332,8 +332,8 @@ def gated_forward(
 
     everything = _constants(E, r, activation, tiles.power_of_2(E) * tiles.power_of_2(r))
     fused = _fused(rows, lora_down, masked=masks.seed is not None)
-    own = None if fused else tiles.own_mix(T, everything["EB"] * everything["WIDTH"])
-    copies = _expand.strips(out) if own else 1
+    columns = everything["EB"] * everything["WIDTH"]
+    own, copies = (None, 1) if fused else _expand.own_mix(out, columns)
     mixed = launch.workspace(x, copies * T, E * r)
     gates = None if up_bias is None else launch.workspace(x, copies * T, E)
     expand = _expand.plan(out, mixed, lora_up, gates, up_bias, accumulate=accumulate, bias=bias)

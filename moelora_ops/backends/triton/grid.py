@@ -267,8 +267,8 @@ def grid_forward(
     saved = x.new_empty((T, gates + r1), dtype=torch.float32)
     logits, hidden, parts = _shrink.run(rows, router, lora_down, saved, saved.view(-1)[T * gates :])
     constants, tile = _constants(r1, r2, diagonal)
-    own = tiles.own_mix(T, constants["P1"] * constants["P2"])
-    mixed = launch.workspace(x, (_expand.strips(out) if own else 1) * T, r2)
+    own, copies = _expand.own_mix(out, constants["P1"] * constants["P2"])
+    mixed = launch.workspace(x, copies * T, r2)
     expand = _expand.plan(out, mixed, lora_up, accumulate=accumulate, bias=bias)
     gate = (logits, hidden, saved, omega, beta, intuition, index)
     if own:

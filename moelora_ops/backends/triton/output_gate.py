@@ -495,8 +495,7 @@ def output_gate_forward(
     hidden, gates = (x.new_empty((T, n), dtype=torch.float32) for n in (E * r, E))
     sums, _, parts = _shrink.run(rows, lora_down, None, hidden)
     constants, tile = _constants(E, r, normalization)
-    own = tiles.own_mix(T, tiles.power_of_2(E) * constants["WIDTH"])
-    copies = _expand.strips(out) if own else 1
+    own, copies = _expand.own_mix(out, tiles.power_of_2(E) * constants["WIDTH"])
     mixed = launch.workspace(x, copies * T, E * r)
     expand = _expand.plan(out, mixed, lora_up, accumulate=accumulate, bias=bias)
     fed = mask if mask_input else None

@@ -321,8 +321,7 @@ def topk_forward(
     )
     if masks.groups > 1:
         fused = None
-    own = None if fused else tiles.own_mix(T, columns)
-    copies = _expand.strips(out) if own else 1
+    own, copies = (None, 1) if fused else _expand.own_mix(out, columns)
     mixed = launch.workspace(x, copies * T, E * r)
     plan = _expand.plan(out, mixed, lora_up, accumulate=accumulate, bias=bias)
     if not fused:
