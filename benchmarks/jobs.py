@@ -102,13 +102,15 @@ class _Process:
         return self
 
     def __exit__(self, *_):
-        if self._process is not None and self._process.poll() is None:
-            self._signal(signal.SIGKILL)
+        self._signal(signal.SIGKILL)
+        if self._process is not None:
             self._process.wait()
 
     def is_running(self, deadline: float) -> bool:
         if self._process is None or self._process.poll() is not None:
-            self._seconds = self._seconds or time.monotonic() - self._begin
+            if not self._seconds:
+                self._seconds = time.monotonic() - self._begin
+                self._signal(signal.SIGKILL)  # to what it has started and left behind
             return False
         now = time.monotonic()
         if not self._cut and now > min(deadline, self._begin + self._job.seconds):
@@ -119,8 +121,9 @@ class _Process:
         return True
 
     def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
     def result(self) -> Result:
         ended_well = self._process is not None and self._process.returncode == 0

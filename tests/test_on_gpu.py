@@ -37,13 +37,12 @@ def test_what_becomes_of_a_job(tmp_path):
     assert missing.status == FAILED and "no-such-program" in missing.output
 
 
-@pytest.mark.parametrize(("seconds", "deadline"), [(0.5, 60.0), (60.0, 0.5)])
+@pytest.mark.parametrize(("seconds", "deadline"), [(4.0, 60.0), (60.0, 4.0)])
 def test_a_job_is_cut_with_its_children(tmp_path, seconds, deadline):
     """It may still write what it has."""
     program = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(child.pid, flush=True)
+import subprocess, time
+print(subprocess.Popen(["sh", "-c", "trap '' INT; sleep 60; true"]).pid, flush=True)
 try:
     time.sleep(60)
 except KeyboardInterrupt:
@@ -51,10 +50,15 @@ except KeyboardInterrupt:
 """
     begin = time.monotonic()
     (result,) = run([python("a/long", program, seconds)], tmp_path, tmp_path, soon(deadline))
-    assert result.status == CUT and time.monotonic() - begin < 20
-    pid, *rest = result.output.split("\n", 1)
-    assert "interrupted" in rest[0]
-    assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_text()
+    assert result.status == CUT and time.monotonic() - begin < 30
+    pid, said = result.output.split("\n", 1)
+    assert said == "interrupted\n"
+    process = Path(f"/proc/{pid}/cmdline")  # empty of what is dead and not yet waited for
+    for _ in range(500):
+        if not process.exists() or not process.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError("its child lives")
 
 
 def test_side_by_side(tmp_path):
