@@ -4,10 +4,10 @@ What is built is decided by the environment, never by the devices of this machin
 
 MOELORA_CPP    auto (default): build if there is a C++ compiler, else install pure Python and say
                so; 0: never; 1: fail without a compiler
-MOELORA_CUDA   0 (default while it lacks mixes): no CUDA kernels; 1: build them, fail without nvcc;
-               auto: build them if there is nvcc (CUDA_HOME, the path, /usr/local/cuda), else say so
+MOELORA_CUDA   auto (default): build the CUDA kernels if there is nvcc (CUDA_HOME, the path,
+               /usr/local/cuda), else say so; 0: never; 1: fail without nvcc
 TORCH_CUDA_ARCH_LIST  for which GPUs, as torch reads it: "8.0;9.0a;10.0a;9.0+PTX" (the default,
-               without a binary for 9.0 beside 9.0a)
+               without a binary for 9.0 beside 9.0a, nor what nvcc does not know yet)
 MOELORA_DEBUG  1: -O1 -g, warnings and assertions instead of -O3
 MAX_JOBS       compilations at once (default: processors)
 CXX            the compiler (default: c++ or g++), of nvcc's host code too
@@ -62,7 +62,7 @@ def find_compiler() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    wanted = flag("MOELORA_CUDA", ("0", "1", "auto"))
+    wanted = flag("MOELORA_CUDA", ("auto", "0", "1"))
     if wanted == "0" or COMPILER is None:
         return None
     places = (f"{os.environ.get('CUDA_HOME')}/bin", None, "/usr/local/cuda/bin")  # None: the path
@@ -79,7 +79,12 @@ def gencode() -> list[str]:
     """nvcc's flags for the architectures that are wanted."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not wanted:
-        return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100a")] + [
+        listed = subprocess.run(
+            [NVCC, "--list-gpu-arch"], check=True, capture_output=True, text=True
+        )
+        known = listed.stdout.split()
+        archs = [a for a in ("80", "90a", "100a") if f"compute_{a.rstrip('a')}" in known]
+        return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [
             "-gencode=arch=compute_90,code=compute_90"
         ]
     flags = []
