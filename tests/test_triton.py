@@ -150,7 +150,8 @@ def test_a_token_does_not_depend_on_its_neighbours(arch, dtype):
         whole = adapter(inputs, range(STANDARD.T), renormalize=dtype != F32)
     for multiprocessors in (1, 4, 132):
         with gpu(arch, multiprocessors) as device:
-            for rows in ([7], [66, 3, *range(8, 38)], list(range(70))):
+            few, many = [66, 3, *range(8, 38)], list(range(70))
+            for rows in ([7], few, many) if dtype == BF16 else (few, many):  # slow in float32
                 device.launches.clear()
                 results = adapter(inputs, rows, renormalize=dtype != F32)
                 for got, want in zip(results, whole, strict=True):
@@ -159,8 +160,8 @@ def test_a_token_does_not_depend_on_its_neighbours(arch, dtype):
                 if multiprocessors == 1:
                     assert forward == ["shrink_and_mix", "expand_and_count"]
                 else:
-                    few = len(rows) <= 32
-                    assert forward == ["shrink_parts", "mix_and_expand" if few else "mix"]
+                    mix = "mix" if rows is many else "mix_and_expand"
+                    assert forward == ["shrink_parts", mix]
 
 
 @pytest.mark.parametrize("mode", ("token", "expert"))
