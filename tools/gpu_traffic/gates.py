@@ -130,7 +130,6 @@ SWEEP = (
         for E, r, k in ((64, 16, 4), (128, 8, 2), (16, 64, 2), (1024, 1, 2))
         for d in (_BRAIN, _FLOAT)
     ),
-    usual("topk", 8192, E=64, r=16, dropout=0.05, strategy="grouped"),
     *(usual("gated", 8192, E=E, r=r) for E, r in ((1, 8), (1, 64), (6, 64), (128, 4))),
     *(usual("output_gate", 8192, E=E, r=r) for E, r in ((2, 4), (4, 64), (128, 4))),
     *(usual("grid", 8192, E=E, r=r) for E, r in ((8, 8), (16, 16))),
