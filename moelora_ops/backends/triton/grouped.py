@@ -256,7 +256,14 @@ def mix_backward(
 
 
 class Saved(NamedTuple):
-    """Views of `saved`."""
+    """Views of `saved`, flat.
+
+    Attributes:
+        hidden: float32 ``[T * k * r]``, neither weighted nor scaled.
+        logits, weights: float32 ``[T * E]`` and ``[T * k]``.
+        selected: int32 ``[T * k]``.
+        segments: the pairs by expert.
+    """
 
     hidden: Tensor
     logits: Tensor
@@ -317,6 +324,11 @@ def backward(
     renormalize: bool, masks: launch.Masks, accumulate: bool, need_dparams: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """``ops.topk_backward``: 2 launches, one for each slot if there is a dx, and 4 for parameters.
+
+    Args:
+        saved: as :func:`forward` left it.
+        dx: written, or added to; None if it is not wanted.
+        masks, scale: see there.
 
     Returns:
         ``[E * r, K]``, ``[E * r, N]`` and ``[E, K]``; None without need_dparams.
