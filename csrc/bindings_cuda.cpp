@@ -53,27 +53,31 @@ std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& l
 
   Workspace workspace;
   const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix);
-  const int64_t ldm = cuda::padded(R);
-  workspace.reserve(n.T * ldm, element_size(x), &mix.mixed);
-  workspace.reserve(plan.mix_blocks * n.E, element_size(prob_sums), &mix.prob_partials);
-  const int64_t count_partials = workspace.reserve(plan.mix_blocks * n.E, sizeof(int32_t));
-  workspace.allocate(call);
-  mix.count_partials = static_cast<int32_t*>(workspace.at(count_partials));
-  cuda::launch_mix(dtype, shrink, mix, plan, call.stream());
-
   cuda::Expand expand = {};
   expand.T = n.T;
   expand.columns = n.N;
-  expand.h = mix.mixed;
-  expand.ldh = ldm;
+  expand.ldh = cuda::padded(R);
   expand.rows = {read(lora_up), nullptr, R, n.r, 0};
   expand.bias = read(bias);
   expand.y = data<void>(y);
   expand.ldy = rows_of(y, "y").stride;
   expand.accumulate = accumulate;
-  expand.statistics = {mix.prob_partials,     mix.count_partials,   plan.mix_blocks, n.E,
-                       data<void>(prob_sums), data<int64_t>(counts)};
-  cuda::launch_expand(dtype, expand, call.stream());
+  const int64_t copies = plan.few ? cuda::decode_blocks(dtype, expand) : 1;
+  workspace.reserve(copies * n.T * expand.ldh, element_size(x), &mix.mixed);
+  workspace.reserve(plan.mix_blocks * n.E, element_size(prob_sums), &mix.prob_partials);
+  const int64_t count_partials = workspace.reserve(plan.mix_blocks * n.E, sizeof(int32_t));
+  workspace.allocate(call);
+  mix.count_partials = static_cast<int32_t*>(workspace.at(count_partials));
+  expand.h = mix.mixed;
+  expand.statistics = {
+      mix.prob_partials,     mix.count_partials,   plan.few ? 1 : plan.mix_blocks, n.E,
+      data<void>(prob_sums), data<int64_t>(counts)};
+  if (plan.few) {
+    cuda::launch_decode(dtype, shrink, mix, plan, expand, call.stream());
+  } else {
+    cuda::launch_mix(dtype, shrink, mix, plan, call.stream());
+    cuda::launch_expand(dtype, expand, call.stream());
+  }
   return {saved, counts, prob_sums};
 }
 

@@ -73,7 +73,7 @@ CASES = {
         Shape(130, 24, 16, 2, 1, 2), torch.float16, 1, 7,
         {"dropout": 0.3, "dropout_mode": "token", "seed": SEED, "renormalize": False},
     ),
-    "double": Case(Shape(3, 5, 7, 2, 2, 1), torch.float64, 8, 8, {"renormalize": False}),
+    "double": Case(Shape(3, 5, 7, 2, 2, 1), torch.float64, 8, 7, {"renormalize": False}),
     "gated": Mix("gated", "map-relu", mixes.Size((9,), 70, 25, 3, 3), torch.float32, 8, 8),
     "grid": Mix("grid", "map", mixes.Size((20,), 40, 24, 3, 4), torch.bfloat16, 1, 6),
     # Features that fall into segments, each a product of its own.

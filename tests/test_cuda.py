@@ -125,6 +125,19 @@ def test_launches(gpu):
             assert names(device) == [*first, "expand", "outer", "add_parts"]
 
 
+def test_few_tokens_take_two_launches(gpu):
+    """Beside the base GEMM, and with what they save: every block of the expand mixes by itself."""
+    inputs = make_inputs(STANDARD._replace(T=32), BF16)
+    with gpu() as device:
+        functional.mola(
+            inputs.x, inputs.weight, None, inputs.lora_down, inputs.lora_up, inputs.router, 2, 1.0
+        )
+        assert names(device) == ["shrink", "mix_and_expand"]
+        device.launches.clear()
+        run(functional.mola, inputs, 2, **TOKEN)
+        assert names(device)[:3] == ["shrink", "mix", "expand"]
+
+
 def test_frozen_experts_cost_no_weight_gradients(gpu):
     inputs = make_inputs(STANDARD, BF16)
     with gpu() as device:

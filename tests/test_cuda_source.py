@@ -45,16 +45,16 @@ PLANTED = {
     },
     "address": {
         "store below the last row": (
-            Edit("expand.cu", "|| left <= 0) continue;", "&& left <= 0) continue;"),
-            "fused", r"heap-buffer-overflow.*WRITE.*csrc/cuda/expand\.cu",
+            Edit("expand.cuh", "|| left <= 0) continue;", "&& left <= 0) continue;"),
+            "fused", r"heap-buffer-overflow.*WRITE.*csrc/cuda/expand\.cuh",
         ),
         "too little shared memory": (
-            Edit("expand.cu", "kTokens * kStagePitch", "(kTokens - 1) * kStagePitch"),
-            "fused", r"heap-buffer-overflow.*csrc/cuda/expand\.cu",
+            Edit("expand.cuh", "kTokens * kStagePitch", "(kTokens - 1) * kStagePitch"),
+            "fused", r"heap-buffer-overflow.*csrc/cuda/expand\.cuh",
         ),
         "index beyond an array": (
-            Edit("expand.cu", "for (int i = 0; i < 8; ++i)", "for (int i = 0; i < 9; ++i)"),
-            "split", r"csrc/cuda/expand\.cu:\d+:\d+: runtime error: index",
+            Edit("expand.cuh", "for (int i = 0; i < 8; ++i)", "for (int i = 0; i < 9; ++i)"),
+            "split", r"csrc/cuda/expand\.cuh:\d+:\d+: runtime error: index",
         ),
     },
     "thread": {
@@ -63,8 +63,8 @@ PLANTED = {
             "walk", r"data race.*csrc/cuda/outer\.cu",
         ),
         "no __syncwarp": (
-            Edit("expand.cu", "sum; });\n  __syncwarp();", "sum; });\n"),
-            "split", r"data race.*csrc/cuda/expand\.cu",
+            Edit("expand.cuh", "sum; });\n  __syncwarp();", "sum; });\n"),
+            "split", r"data race.*csrc/cuda/expand\.cuh",
         ),
         "blocks that share a place": (
             Edit("shrink.cu", "(blockIdx.z * p.T + t0)", "t0"),

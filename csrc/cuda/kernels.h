@@ -83,6 +83,7 @@ MOELORA_HD int segments(int64_t columns) {
 // How a shrink and the mix behind it are launched.  Fused is for 16-bit types without dropout,
 // where the product is as fast as memory; the others spare the compiler their kernels.
 struct ShrinkPlan {
+  bool few;        // the mix may go into the expand, see launch_decode
   bool fused;      // one launch: a block owns its tokens, for all columns, and mixes them
   int warps;       // per block of the product, 16 tokens each
   int parts;       // blocks that share a tile's columns: 1, or one a segment
@@ -180,6 +181,8 @@ void launch_outer_parts(DType dtype, const Outer& p, void* stream);  // the firs
 void launch_outer(DType dtype, const Outer& p, void* stream);
 // Coefficients as expand and outer read them: from A [T, columns] to [T, padded(columns)].
 void launch_round(DType dtype, int64_t T, int columns, const void* from, void* to, void* stream);
+// How many blocks mix by themselves, if the mix goes into the expand.
+int64_t decode_blocks(DType dtype, const Expand& p);
 void set_zero(void* data, int64_t bytes, void* stream);
 
 // ---------------------------------------------------------------- the mixes
@@ -222,6 +225,10 @@ int64_t row_bytes(DType dtype, const TopkBackward& mix);
 // From x to H'.
 void launch_mix(DType dtype, const Shrink& p, const TopkForward& mix, const ShrinkPlan& plan,
                 void* stream);
+// From x to y, if the plan says few: mixed is [decode_blocks, T, padded(R)], and statistics those
+// of one block.
+void launch_decode(DType dtype, const Shrink& shrink, const TopkForward& mix,
+                   const ShrinkPlan& plan, const Expand& expand, void* stream);
 // From dy to the coefficients of every gradient.
 void launch_mix(DType dtype, const Shrink& p, const TopkBackward& mix, const ShrinkPlan& plan,
                 void* stream);

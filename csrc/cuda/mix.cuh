@@ -55,21 +55,30 @@ struct Fused {
 
 constexpr int kMixWarps = 4;
 
-// The mix in a kernel of its own, behind partial sums.
+// The mix of n tokens from t0 on, from partial sums [parts, T, columns].
 template <class A, class Mix>
-__global__ void __launch_bounds__(32 * kMixWarps, 4)
-    mix_kernel(const A* partials, int parts, int64_t T, int columns, int tokens, const Mix mix) {
-  extern __shared__ __align__(16) char shared[];
+__device__ __forceinline__ void mix_parts(const A* partials, int parts, int64_t T, int columns,
+                                          const Mix& mix, int64_t block, int64_t t0, int n,
+                                          char* shared) {
   A* tile = reinterpret_cast<A*>(shared);
-  const int64_t t0 = static_cast<int64_t>(blockIdx.x) * tokens;
-  const int n = static_cast<int>(min(T - t0, int64_t{tokens})), pitch = odd(columns);
+  const int pitch = odd(columns);
   for (int i = threadIdx.x; i < n * columns; i += blockDim.x) {
     A sum = 0;  // left to right, as a block that owns all segments
     for (int part = 0; part < parts; ++part) sum += partials[(part * T + t0) * columns + i];
     tile[i / columns * pitch + i % columns] = sum;
   }
   __syncthreads();
-  mix(blockIdx.x, t0, n, tile, pitch, tile + tokens * pitch);
+  mix(block, t0, n, tile, pitch, tile + n * pitch);
+}
+
+// In a kernel of its own.
+template <class A, class Mix>
+__global__ void __launch_bounds__(32 * kMixWarps, 4)
+    mix_kernel(const A* partials, int parts, int64_t T, int columns, int tokens, const Mix mix) {
+  extern __shared__ __align__(16) char shared[];
+  const int64_t t0 = static_cast<int64_t>(blockIdx.x) * tokens;
+  mix_parts(partials, parts, T, columns, mix, blockIdx.x, t0,
+            static_cast<int>(min(T - t0, int64_t{tokens})), shared);
 }
 
 // Shrink and mix, in the launches of the plan.

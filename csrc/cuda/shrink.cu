@@ -48,6 +48,9 @@ void plan_mix(const Shrink& p, int64_t row_bytes, Device device, ShrinkPlan& pla
                  : std::clamp<int64_t>(ceil_div<int64_t>(p.T, device.multiprocessors),
                                        std::min<int64_t>(kMixWarps, most), most));
   plan.mix_blocks = ceil_div<int64_t>(p.T, plan.mix_tokens);
+  constexpr int kFewTokens = 32;
+  plan.few = !plan.fused && p.T <= std::min<int64_t>(kFewTokens, device.shared_bytes / row_bytes) &&
+             p.batch.count == 1 && !p.masks.seed;
 }
 
 template <class A>

@@ -1,6 +1,6 @@
 // The topk mix behind a shrink: of x forward, of dy backward.  The mathematics of a token is that
 // of mix/topk.h; here a thread takes a row for what is serial, and a warp a row for what is wide.
-#include "cuda/mix.cuh"
+#include "cuda/decode.cuh"
 #include "mix/topk.h"
 
 namespace moelora::cuda {
@@ -38,6 +38,8 @@ struct ForwardMix {
   using A = acc_t<T>;
   TopkForward p;
 
+  __device__ void save_nothing() { p.hidden = nullptr; }
+
   // tile [n, pitch]: hidden | logits
   __device__ void operator()(int64_t block, int64_t t0, int n, const A* tile, int pitch,
                              A* scratch) const {
@@ -50,6 +52,23 @@ struct ForwardMix {
     }
     __syncthreads();
 
+    if (p.hidden) save(block, t0, n, tile, pitch, scratch);
+    const A inv_keep = static_cast<A>(p.inv_keep);
+    const int ldm = static_cast<int>(padded(R));
+    for_each(n, ldm, [&](int row, int c) {
+      const Scratch<A> s = row_scratch(row);
+      // Exact zeros for the experts not chosen, whatever their hidden.
+      const bool chosen = c < R && s.slots[c / r] >= 0;
+      static_cast<T*>(p.mixed)[(t0 + row) * ldm + c] =
+          static_cast<T>(chosen ? s.gates[c / r] * (inv_keep * tile[row * pitch + c]) : A(0));
+    });
+  }
+
+ private:
+  __device__ void save(int64_t block, int64_t t0, int n, const A* tile, int pitch,
+                       A* scratch) const {
+    const int E = p.E, r = p.r, k = p.k, R = E * r;
+    const auto row_scratch = [&](int row) { return Scratch<A>(scratch, row, E, k); };
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
       A sum = 0;
       int32_t count = 0;
@@ -76,14 +95,6 @@ struct ForwardMix {
       const int e = p.stacked ? c / r : row_scratch(row).selected[c / r];
       static_cast<A*>(p.hidden)[(t0 + row) * kept + c] =
           inv_keep * tile[row * pitch + e * r + c % r];
-    });
-    const int ldm = static_cast<int>(padded(R));
-    for_each(n, ldm, [&](int row, int c) {
-      const Scratch<A> s = row_scratch(row);
-      // Exact zeros for the experts not chosen, whatever their hidden.
-      const bool chosen = c < R && s.slots[c / r] >= 0;
-      static_cast<T*>(p.mixed)[(t0 + row) * ldm + c] =
-          static_cast<T>(chosen ? s.gates[c / r] * (inv_keep * tile[row * pitch + c]) : A(0));
     });
   }
 };
@@ -179,6 +190,15 @@ void launch_mix(DType dtype, const Shrink& p, const TopkForward& mix, const Shri
     using T = typename decltype(type)::type;
     launch_behind_shrink<T>("topk_forward", dtype, p, ForwardMix<T>{mix}, row_bytes(dtype, mix),
                             plan, stream);
+  });
+}
+
+void launch_decode(DType dtype, const Shrink& shrink, const TopkForward& mix,
+                   const ShrinkPlan& plan, const Expand& expand, void* stream) {
+  dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    launch_decode<T>("topk_decode", dtype, shrink, ForwardMix<T>{mix}, row_bytes(dtype, mix), plan,
+                     expand, stream);
   });
 }
 

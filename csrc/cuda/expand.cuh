@@ -1,0 +1,209 @@
+// Expand: y[t] = (bias or y[t]) + mask ⊙ Σ_c h[t, c] row_c.  A block keeps its strip of the rows in
+// shared memory and walks tokens; a warp owns 16 of them at a time.
+#pragma once
+
+#include "cuda/product.cuh"
+
+namespace moelora::cuda {
+
+template <class T>
+struct ExpandTile {
+  using A = acc_t<T>;
+  static constexpr int kTiles = sizeof(A) == 8 ? 4 : 16;  // of 8 columns
+  static constexpr int kColumns = 8 * kTiles;             // of a strip
+  static constexpr int kRows = 128;  // of the strip at a time; with more, it is loaded per tile
+  static constexpr int kWarps = 4;
+  static constexpr int kTokens = 16 * kWarps;
+  static constexpr int kPitch = kColumns + kChunk<T>;
+  static constexpr int kStagePitch = kColumns + 8;  // elements of A: rows of a sum in other banks
+
+  int width;  // coefficients of a token
+  int rows;   // in shared memory at a time
+  __host__ __device__ explicit ExpandTile(const Rows& r)
+      : width(static_cast<int>(padded(r.count()))), rows(width < kRows ? width : kRows) {}
+  __host__ __device__ int h_pitch() const { return rows + kChunk<T>; }
+  __host__ __device__ int strip_size() const { return rows * kPitch; }
+  __host__ __device__ int h_size() const { return kTokens * h_pitch(); }
+  int64_t shared_bytes() const {
+    return (strip_size() + h_size()) * sizeof(T) + kTokens * kStagePitch * sizeof(A);
+  }
+};
+
+// sums [16, kColumns] += h rows, for coefficients [begin, end).
+//   h [16, end], pitch; strip [end, kColumns], kPitch; rows that end in the same step are finite
+template <class T>
+__device__ __forceinline__ void expand_rows(acc_t<T> (&sums)[ExpandTile<T>::kTiles][4], const T* h,
+                                            int pitch, const T* strip, int begin, int end,
+                                            bool filter) {
+  using P = Product<T>;
+  constexpr int kPitch = ExpandTile<T>::kPitch;
+  for (int c = begin / P::kDepth * P::kDepth; c < end; c += P::kDepth) {
+    typename P::A a;
+    P::load_a(a, h + c, pitch);
+    if (filter) P::filter(a, [&](int, int i) { return begin <= c + i && c + i < end; });
+#pragma unroll
+    for (int j = 0; j < ExpandTile<T>::kTiles; j += 2) {
+      typename P::B b[2];
+      P::load_b_transposed(b, strip + c * kPitch + 8 * j, kPitch);
+      P::add(sums[j], a, b[0]);
+      P::add(sums[j + 1], a, b[1]);
+    }
+  }
+}
+
+// total += mask ⊙ sums; sums = 0.
+template <class T>
+__device__ __forceinline__ void add_masked(acc_t<T> (&total)[ExpandTile<T>::kTiles][4],
+                                           acc_t<T> (&sums)[ExpandTile<T>::kTiles][4],
+                                           const Dropout& dropout, const MaskGroup& group,
+                                           int64_t t0, int64_t column) {
+#pragma unroll
+  for (int j = 0; j < ExpandTile<T>::kTiles; j += 2) {
+    acc_t<T>(&pair)[2][4] = reinterpret_cast<acc_t<T>(&)[2][4]>(sums[j]);
+    if (group.masked) {
+      const KeepTile keep(dropout, t0, column + 8 * j, group.expert);
+      for_each_sum(pair, [&](int row, int c, acc_t<T>& sum) {
+        if (!keep(row, c)) sum = 0;
+      });
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      total[j + i / 4][i % 4] += pair[i / 4][i % 4];
+      pair[i / 4][i % 4] = 0;
+    }
+  }
+}
+
+// One warp's 16 tokens of y, through shared memory so that accesses are wide.
+//   stage [16, kStagePitch] of this warp
+template <class T>
+__device__ __forceinline__ void write_tokens(const Expand& p, int64_t t0, int64_t n0,
+                                             acc_t<T> (&sums)[ExpandTile<T>::kTiles][4],
+                                             acc_t<T>* stage) {
+  using S = ExpandTile<T>;
+  constexpr int kPerRow = S::kColumns / kChunk<T>;
+  T* y = static_cast<T*>(p.y);
+  const T* bias = static_cast<const T*>(p.bias);
+  const bool aligned = aligned16(y, p.ldy) && aligned16(bias);
+  for_each_sum(sums, [&](int row, int c, acc_t<T> sum) { stage[row * S::kStagePitch + c] = sum; });
+  __syncwarp();
+  for (int i = lane_id(); i < 16 * kPerRow; i += 32) {
+    const int row = i / kPerRow, c = i % kPerRow * kChunk<T>;
+    const int64_t n = n0 + c, left = p.columns - n;
+    if (t0 + row >= p.T || left <= 0) continue;
+    T* to = y + (t0 + row) * p.ldy + n;
+    const T* start = p.accumulate ? to : bias ? bias + n : nullptr;
+    const auto value = [&](int j, T before) {
+      const acc_t<T> sum = stage[row * S::kStagePitch + c + j];
+      return static_cast<T>(start ? sum + static_cast<acc_t<T>>(before) : sum);
+    };
+    if (aligned && left >= kChunk<T>) {
+      Chunk<T> chunk = {};
+      if (start) chunk = load_global(start);
+#pragma unroll
+      for (int j = 0; j < kChunk<T>; ++j) chunk.v[j] = value(j, chunk.v[j]);
+      store_global(to, chunk);
+    } else {
+      for (int j = 0; j < kChunk<T> && j < left; ++j) to[j] = value(j, start ? start[j] : T(0.0f));
+    }
+  }
+  __syncwarp();
+}
+
+// Sums over blocks, a thread a column.  Four sums at a time: four loads in flight, and less error
+// than one long sum.
+template <class A>
+__device__ __forceinline__ void add_statistics(const Statistics& s) {
+  constexpr int kSums = 4;
+  for (int e = threadIdx.x; e < s.E; e += blockDim.x) {
+    A sums[kSums] = {};
+    int64_t count = 0;
+    for (int64_t b0 = 0; b0 < s.blocks; b0 += kSums)
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        if (b0 + i >= s.blocks) continue;
+        sums[i] += static_cast<const A*>(s.prob_partials)[(b0 + i) * s.E + e];
+        count += s.count_partials[(b0 + i) * s.E + e];
+      }
+    static_cast<A*>(s.prob_sums)[e] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    s.counts[e] = count;
+  }
+}
+
+// What one block does.
+//   block   of strips x walks of all products; behind them, the one for the statistics
+//   shared  ExpandTile::shared_bytes
+template <class T, bool kMasked>
+__device__ __forceinline__ void expand_block(Expand p, int64_t block, int strips,
+                                             int64_t tiles_per_walk, char* shared) {
+  using S = ExpandTile<T>;
+  using A = acc_t<T>;
+  const int64_t tiles = ceil_div<int64_t>(p.T, S::kTokens);
+  const int64_t walk = block / strips, walks = ceil_div(tiles, tiles_per_walk);
+  const int64_t product = walk / walks, first = walk % walks * tiles_per_walk;
+  const int64_t last = min(tiles, first + tiles_per_walk);
+  if (product == p.batch.count) return add_statistics<A>(p.statistics);
+  advance<T>(p.h, product * p.batch.coefficients);
+  advance<T>(p.rows.experts, product * p.batch.rows);
+  advance<T>(p.bias, product * p.batch.bias);
+  advance<T>(p.y, product * p.batch.vectors);
+
+  const S shape(p.rows);
+  T* strip = reinterpret_cast<T*>(shared);
+  T* h = strip + shape.strip_size() + warp_id() * 16 * shape.h_pitch();
+  A* stage = reinterpret_cast<A*>(strip + shape.strip_size() + shape.h_size()) +
+             warp_id() * 16 * S::kStagePitch;
+  const int64_t n0 = block % strips * S::kColumns;
+  const RowAddress<T> address(p.rows, p.columns);
+  const bool rows_aligned = address.aligned(), resident = shape.width <= S::kRows;
+  const int count = p.rows.count();
+  Dropout dropout = {};
+  if (kMasked) dropout = load_dropout(p.masks);
+
+  const auto copy_strip = [&](int c0, int rows) {
+    copy_rows(strip, S::kPitch, rows, S::kColumns, n0, p.columns, rows_aligned, threadIdx.x,
+              blockDim.x, [&](int i) { return c0 + i < count ? address(c0 + i) : nullptr; });
+  };
+  const auto copy_h = [&](int64_t t0, int c0, int rows) {
+    const T* from = static_cast<const T*>(p.h);
+    copy_rows(h, shape.h_pitch(), 16, rows, c0, shape.width, true, lane_id(), 32,
+              [&](int i) { return t0 + i < p.T ? from + (t0 + i) * p.ldh : nullptr; });
+  };
+
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t t0 = tile * S::kTokens + warp_id() * 16;
+    A sums[S::kTiles][4] = {}, total[S::kTiles][4] = {};
+    for (int c0 = 0; c0 < shape.width; c0 += S::kRows) {
+      const int rows = min(shape.width - c0, S::kRows);
+      const bool shared_is_new = !resident || tile == first;
+      if (shared_is_new) {
+        __syncthreads();
+        copy_strip(c0, rows);
+      }
+      if (!resident || tile == first) copy_h(t0, c0, rows);
+      ptx::copy_async_commit();
+      ptx::copy_async_wait<0>();
+      if (shared_is_new)
+        __syncthreads();
+      else
+        __syncwarp();
+      if (!kMasked) {
+        expand_rows<T>(sums, h, shape.h_pitch(), strip, 0, rows, false);
+      } else {
+        for (int i = 0; i < mask_groups(p.rows, p.masks); ++i) {
+          const MaskGroup group = mask_group(p.rows, p.masks, i);
+          const int begin = max(group.begin - c0, 0), end = min(group.end - c0, rows);
+          if (begin >= end) continue;
+          expand_rows<T>(sums, h, shape.h_pitch(), strip, begin, end, true);
+          add_masked<T>(total, sums, dropout, group, t0, n0);
+        }
+      }
+    }
+    // The next tile's coefficients travel while this one's sums are written.
+    __syncwarp();
+    if (resident && tile + 1 < last) copy_h(t0 + S::kTokens, 0, shape.width);
+    write_tokens<T>(p, t0, n0, kMasked ? total : sums, stage);
+  }
+}
+
+}  // namespace moelora::cuda
