@@ -7,7 +7,9 @@ WORKERS  ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 ARGS     ?=
 METHOD   ?= mola
 NAME     ?= mor1e_smollm2
-export MAX_JOBS
+# The CUDA kernels take minutes to compile, so only a machine with a GPU does without being asked.
+MOELORA_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
+export MAX_JOBS MOELORA_CUDA
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := $(VENV)/bin
@@ -22,7 +24,7 @@ CXX_FILES := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) MAX_JOBS=$(MAX_JOBS) WORKERS=$(WORKERS)"
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) MAX_JOBS=$(MAX_JOBS) WORKERS=$(WORKERS) MOELORA_CUDA=$(MOELORA_CUDA)"
 	@echo "             METHOD=$(METHOD) NAME=$(NAME)"
 	@echo "             ARGS= options for demo, example, test, bench, gpu-traffic"
 
@@ -69,7 +71,7 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.created
 
 # Editable, so that only a change of SOURCES needs a new build.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(SOURCES) | $(VENV)/.torch
-	@echo "Building moelora_ops and installing its '$*' requirements (MAX_JOBS=$(MAX_JOBS))"
+	@echo "Building moelora_ops (MAX_JOBS=$(MAX_JOBS) MOELORA_CUDA=$(MOELORA_CUDA)), installing what '$*' needs"
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@
 
