@@ -1,7 +1,8 @@
 """Which tile every kernel takes: a pure function of shapes, dtype and architecture.
 
-No kernel is tuned at run time.  ``python -m moelora_ops.info --tiles`` prints the choices for
-typical shapes.
+No kernel is tuned at run time.  Rules choose; where ``benchmarks/tune_tiles.py`` has measured on a
+GPU that other values are faster, its table (``tuned.py``) has them.  ``python -m moelora_ops.info
+--tiles`` prints the choices for typical shapes.
 
 Three things bound them (docs/design.md): a token's sums go in an order that depends on the number
 of features alone; registers, as the mix comes on top of a product's accumulators; and what the
@@ -12,6 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 from ..strategy import DECODE_TOKENS, INGEST, L2, LAUNCH
+from .tuned import TABLE
 
 
 class Arch(NamedTuple):
@@ -77,6 +79,26 @@ def _stages(wanted: int, arch: Arch) -> int:
 def segment(features: int) -> int:
     """Features in a segment of a shrink; depends on their number alone."""
     return max(_LEAST_SEGMENT, 64 * cdiv(features, 64 * MOST_SEGMENTS))
+
+
+Key = tuple[str, str, int, int, int, int]
+
+
+def key(arch: Arch, product: str, itemsize: int, tokens: int, features: int, rows: int) -> Key:
+    """Where the measured values of a product stand in the table; sizes round up to powers of two.
+
+    Args:
+        product: "shrink", "expand" or "outer".
+    """
+    return (arch.name, product, itemsize, *map(power_of_2, (tokens, features, rows)))
+
+
+def _faster(rule: dict[str, int], key: Key) -> dict[str, int]:
+    """The values of `rule`, or those that have been measured to be faster.
+
+    None of them changes the order of a token's sums.
+    """
+    return rule | TABLE.get(key, {})
 
 
 def rows_of_product(rows: int, most: int) -> int:
@@ -150,9 +172,10 @@ def shrink(
     if tokens <= DECODE_TOKENS:
         # A block is alone and walks few steps: as many of them under way as its memory holds.
         stages = max(stages, min(8, _BUFFERS // ((BT + BA + BB) * BK * itemsize)))
-    return Shrink(
-        parts, spans[parts], columns, BT, BK, BA, BB, max(BT // 16, 4), _stages(stages, arch)
-    )
+    free = {"BT": BT, "warps": max(BT // 16, 4), "stages": _stages(stages, arch)}
+    if tokens > DECODE_TOKENS and not masked:
+        free = _faster(free, key(arch, "shrink", itemsize, tokens, features, columns_a))
+    return Shrink(parts, spans[parts], columns, BK=BK, BA=BA, BB=BB, **free)
 
 
 def _most_columns(parts: int, itemsize: int, arch: Arch) -> int:
@@ -317,10 +340,14 @@ def expand(tokens: int, features: int, rows: int, itemsize: int, arch: Arch) -> 
     BR = rows_of_product(rows, MOST_COLUMNS)
     if itemsize == 4 and rows > 64:
         BR = 32
+    free = {"BT": BT, "BN": BN, "warps": 4 if small else 8, "stages": 2}
+    if tokens > DECODE_TOKENS:
+        free = _faster(free, key(arch, "expand", itemsize, tokens, features, rows))
+    BT, BN = free["BT"], free["BN"]
     # Two waves of blocks; a block that walks far reads its columns of the experts once.
     walks = max(1, 2 * arch.multiprocessors // max(cdiv(features, BN), 1))
     walk = BT * max(cdiv(tokens, BT * walks), 1)
-    return Expand(BT, BN, BR, walk, 4 if small else 8, 2)
+    return Expand(BR=BR, walk=walk, **free)
 
 
 class Outer(NamedTuple):
@@ -354,10 +381,13 @@ def outer(
     # On sm_80 the transposed tile takes registers too.
     narrow = arch.name == "sm_80"
     BT, BN = 32 if narrow or itemsize == 4 else 64, 64 if itemsize == 4 else 128
+    free = {"BT": BT, "warps": 4 if itemsize == 4 else 8, "stages": _stages(3, arch)}
+    free = _faster(free, key(arch, "outer", itemsize, tokens, features, rows))
+    BT = free["BT"]
     BA = rows_of_product(rows, 64 if narrow or itemsize == 4 else MOST_COLUMNS)
     blocks = max(cdiv(features, BN) * cdiv(rows, BA) * experts, 1)
     # One wave of blocks, as parts are written and read again; at most 8, none of fewer than 256
     # tokens.
     splits = max(1, min(8, round(arch.multiprocessors / blocks), tokens // 256))
     span = BT * max(cdiv(tokens, BT * splits), 1)
-    return Outer(BT, BN, BA, cdiv(tokens, span), span, 4 if itemsize == 4 else 8, _stages(3, arch))
+    return Outer(BN=BN, BA=BA, splits=cdiv(tokens, span), span=span, **free)
