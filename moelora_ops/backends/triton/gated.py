@@ -377,6 +377,7 @@ def gated_backward(
     rows, dy_rows, table = _check(
         x, lora_down, down_bias, lora_up, up_bias, weights, row_map, dy, "dy", activation
     )
+    dx_rows = launch.rows_like(dx, x, x.shape, "dx") if need_dx else None
     T, (E, r, _) = rows.count, lora_down.shape
     masks, kept = launch.masks(seed, dropout, 1, x)
     launch.check_like(hidden, weights, (T, E * r), "hidden")
@@ -389,8 +390,7 @@ def gated_backward(
             dy_rows, lora_up, up_bias if need_dweights else None, weights, table, hidden, dhidden,
             mixed, gates, dweights if need_dweights else None, scale, kept, activation,
         )  # fmt: skip
-    if need_dx:
-        dx_rows = launch.rows_like(dx, x, x.shape, "dx")
+    if dx_rows:
         _expand.run(dx_rows, dhidden, lora_down, accumulate=accumulate, masks=masks)
 
     first = second = shared = tokens = None

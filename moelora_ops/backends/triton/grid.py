@@ -295,6 +295,7 @@ def grid_backward(
     rows, dy_rows, index = _check(
         x, lora_down, lora_up, router, omega, beta, intuition, row_map, dy, "dy", diagonal
     )
+    dx_rows = launch.rows_like(dx, x, x.shape, "dx") if need_dx else None
     T, gates, r1, r2 = rows.count, len(router), len(lora_down), len(lora_up)
     if hidden.shape != (T, gates + r1) or hidden.dtype != torch.float32:
         raise RuntimeError(f"hidden: wanted {[T, gates + r1]} in float32, got {list(hidden.shape)}")
@@ -313,8 +314,7 @@ def grid_backward(
             dlogits.stride, dhidden.stride, launch.pitch(r2), token_scale, task_scale, PARTS=parts,
             BT=tile.BT, **constants, **launch.options(tile.warps, 1),
         )  # fmt: skip
-    if need_dx:
-        dx_rows = launch.rows_like(dx, x, x.shape, "dx")
+    if dx_rows:
         _expand.run(dx_rows, dlogits, router, dhidden, lora_down, accumulate=accumulate)
 
     first = second = None
