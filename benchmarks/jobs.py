@@ -81,6 +81,11 @@ def run(jobs: list[Job], folder: Path, directory: Path, deadline: float) -> list
         return [process.result() for process in running]
 
 
+def _take_interrupts() -> None:
+    """In a new process, which else ignored them if we are a shell's background job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class _Process:
     """A job that runs, in a session of its own so that all its processes end with it."""
 
@@ -92,7 +97,7 @@ class _Process:
                 self._process = subprocess.Popen(
                     job.command, cwd=directory, env=os.environ | job.environment,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    start_new_session=True, preexec_fn=_take_interrupts,
                 )  # fmt: skip
             except OSError as error:
                 log.write(f"{error}\n".encode())
