@@ -28,7 +28,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-BINDINGS = ("cpu", "cpu_gated", "cpu_grid", "cpu_averaged", "cpu_output_gate", "cpu_products")
 TORCH_TARGET = "0x020a000000000000"  # 2.10, the oldest torch whose stable ABI has all we use
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -135,7 +134,9 @@ class BuildExtension(build_ext):
             *host, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DPy_LIMITED_API=0x030a0000",
             "-isystem", str(root / "include"), *(f"-I{d}" for d in self.compiler.include_dirs),
         ]  # fmt: skip
-        units = {f"bindings_{n}": (f"csrc/bindings_{n}.cpp", tensors) for n in BINDINGS}
+        units = {}
+        for source in sorted(Path("csrc").glob("bindings_cpu*.cpp")):
+            units[source.stem] = (str(source), tensors)
         units["dispatch"] = ("csrc/cpu/dispatch.cpp", host)
         for level, flags in LEVELS.items():
             command = [*host, f"-DMOELORA_LEVEL={level}", *flags]

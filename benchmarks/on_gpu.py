@@ -38,7 +38,8 @@ BACKENDS = ("cuda", "triton")
 SOURCES = ("csrc", "moelora_ops", "tests", "tools", "benchmarks", "setup.py")
 TESTS = {
     "device": ["tests/test_gpu.py"],
-    "triton": ["tests/test_triton.py", "tests/test_gpu_products.py", "tests/test_gpu_mixes.py"],
+    "both": ["tests/test_gpu_products.py", "tests/test_gpu_mixes.py"],
+    "triton": ["tests/test_triton.py", "tests/test_triton_grouped.py"],
     "cuda": ["tests/test_cuda.py"],
 }
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -213,7 +214,7 @@ def side_by_side() -> list[str]:
 def tests(p: Pass) -> Iterator[Job]:
     """Everything that knows a GPU, on this one."""
     for name, files in TESTS.items():
-        if name == "device" or name in p.backends():
+        if name not in BACKENDS or name in p.backends():
             yield pytest_job(
                 p, f"tests/{name}", 240, *side_by_side(), "-k", f"not {EMULATOR}", *files
             )

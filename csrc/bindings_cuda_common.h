@@ -105,14 +105,14 @@ cuda::ShrinkPlan plan_mix(Workspace& workspace, DType dtype, cuda::Shrink& shrin
   const cuda::ShrinkPlan plan =
       cuda::plan_shrink(dtype, shrink, cuda::row_bytes(dtype, mix), cuda::current_device());
   workspace.reserve(plan.fused ? 0 : plan.parts * shrink.T * shrink.columns_of_h(),
-                    dtype == DType::kFloat64 ? 8 : 4, &shrink.partials);
+                    accumulator_size(dtype), &shrink.partials);
   return plan;
 }
 
 // Plans the sums over tokens, and reserves their parts.
 void plan_outer(Workspace& workspace, DType dtype, cuda::Outer& outer) {
   cuda::plan_outer(dtype, cuda::current_device(), outer);
-  workspace.reserve(outer.parts * outer.size(), dtype == DType::kFloat64 ? 8 : 4, &outer.partials);
+  workspace.reserve(outer.parts * outer.size(), accumulator_size(dtype), &outer.partials);
 }
 
 // Where the sums over tokens go; null and tensors without elements are passed over.

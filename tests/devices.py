@@ -13,21 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelora_ops import backends, ops, use_backend
+from moelora_ops import backends, ops
+from tools.gpu_emulator.on_cpu import on_cpu_tensors  # noqa: F401 - for the tests
 
 real = False  # set by conftest.py: pytest --gpu
-
-
-@contextlib.contextmanager
-def on_cpu_tensors(backend: str) -> Iterator[None]:
-    """Forces `backend`, which takes CPU tensors meanwhile."""
-    row = backends._BY_NAME[backend]._replace(device="cpu", missing=lambda: "")
-    table = tuple(row if other.name == backend else other for other in backends.BACKENDS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "BACKENDS", table)
-        patch.setattr(backends, "_BY_NAME", {row.name: row for row in table})
-        with use_backend(backend):
-            yield
 
 
 def skip_unless_it_runs(backend: str) -> None:

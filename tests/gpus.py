@@ -6,6 +6,7 @@ import cuda_gpu
 import devices
 import pytest
 import triton_gpu
+from cuda_gpu import names  # noqa: F401 - what was launched
 
 WHY_MISSING = {"cuda": cuda_gpu.WHY_MISSING, "triton": triton_gpu.WHY_MISSING}
 
@@ -30,8 +31,3 @@ def make_gpu(backend: str, request):
             yield device
 
     return gpu
-
-
-def names(device):
-    """What was launched."""
-    return [launch.name.removesuffix("_kernel") for launch in device.launches]

@@ -1,6 +1,7 @@
 """What benchmarks/on_gpu.py does with its jobs, by jobs that need no GPU."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -193,6 +194,17 @@ def test_bad_arguments(monkeypatch, tmp_path, capsys):
             on_gpu.main(arguments)
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_all_tests_that_know_a_gpu_run():
+    """Those of the emulator itself, of compiled kernels and of counts need none."""
+    without = {
+        "test_devices.py", "test_gpu_traffic.py", "test_triton_compile.py", "test_tune_tiles.py"
+    }  # fmt: skip
+    known = re.compile(r"^(?:from|import) (?:triton_gpu|cuda_gpu|gpus)\b", re.MULTILINE)
+    folder = ROOT / "tests"
+    found = {p.name for p in folder.glob("test_*.py") if known.search(p.read_text())} - without
+    assert {Path(file).name for files in on_gpu.TESTS.values() for file in files} == found
 
 
 def test_dry_run(capsys):

@@ -103,7 +103,7 @@ struct BackwardMix {
 };
 
 int64_t bytes(DType dtype, const Averaged& mix) {
-  const int64_t size = dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t size = accumulator_size(dtype);
   return (odd(mix.pairs() * mix.r) + Scratch<float>::size(mix.pairs(), mix.r)) * size;
 }
 
@@ -114,20 +114,12 @@ int64_t row_bytes(DType dtype, const AveragedBackward& mix) { return bytes(dtype
 
 void launch_mix(DType dtype, const Shrink& p, const AveragedForward& mix, const ShrinkPlan& plan,
                 void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_behind_shrink<T>("averaged_forward", dtype, p, ForwardMix<T>{mix}, row_bytes(dtype, mix),
-                            plan, stream);
-  });
+  launch_behind_shrink<ForwardMix>("averaged_forward", dtype, p, mix, plan, stream);
 }
 
 void launch_mix(DType dtype, const Shrink& p, const AveragedBackward& mix, const ShrinkPlan& plan,
                 void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_behind_shrink<T>("averaged_backward", dtype, p, BackwardMix<T>{mix},
-                            row_bytes(dtype, mix), plan, stream);
-  });
+  launch_behind_shrink<BackwardMix>("averaged_backward", dtype, p, mix, plan, stream);
 }
 
 }  // namespace moelora::cuda

@@ -24,16 +24,20 @@ __global__ void __launch_bounds__(32 * kMixWarps, 2)
   expand_block<T, false>(p, blockIdx.x, strips, 1, shared);
 }
 
-//   row_bytes of one token in the mix's shared memory
-template <class T, class Mix>
-void launch_decode(const char* name, DType dtype, const Shrink& shrink, const Mix& mix,
-                   int64_t row_bytes, const ShrinkPlan& plan, const Expand& p, void* stream) {
-  using S = ExpandTile<T>;
+// Functor<T> has `mix` in it.
+template <template <class> class Functor, class Mix>
+void launch_mix_and_expand(const char* name, DType dtype, const Shrink& shrink, const Mix& mix,
+                           const ShrinkPlan& plan, const Expand& p, void* stream) {
   launch_partials(dtype, shrink, plan, stream);
-  const int64_t bytes = std::max(S(p.rows).shared_bytes(), p.T * row_bytes);
-  launch(name, mix_and_expand_kernel<T, Mix>, dim3(static_cast<unsigned>(decode_blocks(dtype, p))),
-         32 * kMixWarps, bytes, stream, static_cast<const acc_t<T>*>(shrink.partials), plan.parts,
-         shrink.rows.count(), mix, p);
+  dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const int64_t bytes =
+        std::max(ExpandTile<T>(p.rows).shared_bytes(), p.T * row_bytes(dtype, mix));
+    launch(name, mix_and_expand_kernel<T, Functor<T>>,
+           dim3(static_cast<unsigned>(decode_blocks(dtype, p))), 32 * kMixWarps, bytes, stream,
+           static_cast<const acc_t<T>*>(shrink.partials), plan.parts, shrink.rows.count(), {mix},
+           p);
+  });
 }
 
 }  // namespace moelora::cuda

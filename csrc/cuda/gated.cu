@@ -90,7 +90,7 @@ struct BackwardMix {
 };
 
 int64_t bytes(DType dtype, const Gated& mix) {
-  const int64_t size = dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t size = accumulator_size(dtype);
   return (odd(mix.mixed_columns()) + odd(mix.E)) * size;
 }
 
@@ -101,20 +101,12 @@ int64_t row_bytes(DType dtype, const GatedBackward& mix) { return bytes(dtype, m
 
 void launch_mix(DType dtype, const Shrink& p, const GatedForward& mix, const ShrinkPlan& plan,
                 void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_behind_shrink<T>("gated_forward", dtype, p, ForwardMix<T>{mix}, row_bytes(dtype, mix),
-                            plan, stream);
-  });
+  launch_behind_shrink<ForwardMix>("gated_forward", dtype, p, mix, plan, stream);
 }
 
 void launch_mix(DType dtype, const Shrink& p, const GatedBackward& mix, const ShrinkPlan& plan,
                 void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_behind_shrink<T>("gated_backward", dtype, p, BackwardMix<T>{mix}, row_bytes(dtype, mix),
-                            plan, stream);
-  });
+  launch_behind_shrink<BackwardMix>("gated_backward", dtype, p, mix, plan, stream);
 }
 
 }  // namespace moelora::cuda

@@ -132,30 +132,22 @@ struct BackwardMix {
 }  // namespace
 
 int64_t row_bytes(DType dtype, const GridForward& mix) {
-  const int64_t size = dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t size = accumulator_size(dtype);
   return (odd(mix.hidden_columns()) + ForwardMix<float>::scratch_size(mix.shape)) * size;
 }
 int64_t row_bytes(DType dtype, const GridBackward& mix) {
-  const int64_t size = dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t size = accumulator_size(dtype);
   return (odd(mix.shape.r2) + BackwardMix<float>::scratch_size(mix.shape)) * size;
 }
 
 void launch_mix(DType dtype, const Shrink& p, const GridForward& mix, const ShrinkPlan& plan,
                 void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_behind_shrink<T>("grid_forward", dtype, p, ForwardMix<T>{mix}, row_bytes(dtype, mix),
-                            plan, stream);
-  });
+  launch_behind_shrink<ForwardMix>("grid_forward", dtype, p, mix, plan, stream);
 }
 
 void launch_mix(DType dtype, const Shrink& p, const GridBackward& mix, const ShrinkPlan& plan,
                 void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_behind_shrink<T>("grid_backward", dtype, p, BackwardMix<T>{mix}, row_bytes(dtype, mix),
-                            plan, stream);
-  });
+  launch_behind_shrink<BackwardMix>("grid_backward", dtype, p, mix, plan, stream);
 }
 
 }  // namespace moelora::cuda

@@ -81,23 +81,25 @@ __global__ void __launch_bounds__(32 * kMixWarps, 4)
             static_cast<int>(min(T - t0, int64_t{tokens})), shared);
 }
 
-// Shrink and mix, in the launches of the plan.
-//   row_bytes of one token in the mix's shared memory
-template <class T, class Mix>
+// Shrink and mix, in the launches of the plan.  Functor<T> has `mix` in it.
+template <template <class> class Functor, class Mix>
 void launch_behind_shrink(const char* name, DType dtype, const Shrink& p, const Mix& mix,
-                          int64_t row_bytes, const ShrinkPlan& plan, void* stream) {
-  using A = acc_t<T>;
-  const size_t mix_bytes = plan.mix_tokens * row_bytes;
-  if constexpr (kFusable<T>)
-    if (plan.fused) {
-      const size_t tile_bytes = ShrinkTile<T>::shared_bytes(plan.warps, p.rows.count());
-      return launch(name, shrink_kernel<T, false, Fused<A, Mix>>, shrink_grid(p, plan, 1),
-                    32 * plan.warps, std::max(tile_bytes, mix_bytes), stream, p, {mix});
-    }
-  launch_partials(dtype, p, plan, stream);
-  launch(name, mix_kernel<A, Mix>, dim3(static_cast<unsigned>(plan.mix_blocks)), 32 * kMixWarps,
-         mix_bytes, stream, static_cast<const A*>(p.partials), plan.parts, p.T,
-         static_cast<int>(p.columns_of_h()), plan.mix_tokens, mix);
+                          const ShrinkPlan& plan, void* stream) {
+  dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = acc_t<T>;
+    const size_t mix_bytes = plan.mix_tokens * row_bytes(dtype, mix);
+    if constexpr (kFusable<T>)
+      if (plan.fused) {
+        const size_t tile_bytes = ShrinkTile<T>::shared_bytes(plan.warps, p.rows.count());
+        return launch(name, shrink_kernel<T, false, Fused<A, Functor<T>>>, shrink_grid(p, plan, 1),
+                      32 * plan.warps, std::max(tile_bytes, mix_bytes), stream, p, {{mix}});
+      }
+    launch_partials(dtype, p, plan, stream);
+    launch(name, mix_kernel<A, Functor<T>>, dim3(static_cast<unsigned>(plan.mix_blocks)),
+           32 * kMixWarps, mix_bytes, stream, static_cast<const A*>(p.partials), plan.parts, p.T,
+           static_cast<int>(p.columns_of_h()), plan.mix_tokens, {mix});
+  });
 }
 
 }  // namespace moelora::cuda

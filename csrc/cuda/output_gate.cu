@@ -273,20 +273,12 @@ int64_t row_bytes(DType dtype, const OutputGateBackward& mix) {
 
 void launch_mix(DType dtype, const Shrink& p, const OutputGateForward& mix, const ShrinkPlan& plan,
                 void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_behind_shrink<T>("output_gate_forward", dtype, p, ForwardMix<T>{mix},
-                            row_bytes(dtype, mix), plan, stream);
-  });
+  launch_behind_shrink<ForwardMix>("output_gate_forward", dtype, p, mix, plan, stream);
 }
 
 void launch_mix(DType dtype, const Shrink& p, const OutputGateBackward& mix, const ShrinkPlan& plan,
                 void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_behind_shrink<T>("output_gate_backward", dtype, p, BackwardMix<T>{mix},
-                            row_bytes(dtype, mix), plan, stream);
-  });
+  launch_behind_shrink<BackwardMix>("output_gate_backward", dtype, p, mix, plan, stream);
 }
 
 }  // namespace moelora::cuda

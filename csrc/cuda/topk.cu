@@ -173,7 +173,7 @@ struct BackwardMix {
 
 //   rows  how many the shrink before the mix has
 int64_t bytes(DType dtype, const Topk& mix, int rows) {
-  const int64_t size = dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t size = accumulator_size(dtype);
   return (odd(rows) + Scratch<float>::size(mix.E, mix.k)) * size;
 }
 
@@ -186,29 +186,17 @@ int64_t row_bytes(DType dtype, const TopkBackward& mix) { return bytes(dtype, mi
 
 void launch_mix(DType dtype, const Shrink& p, const TopkForward& mix, const ShrinkPlan& plan,
                 void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_behind_shrink<T>("topk_forward", dtype, p, ForwardMix<T>{mix}, row_bytes(dtype, mix),
-                            plan, stream);
-  });
+  launch_behind_shrink<ForwardMix>("topk_forward", dtype, p, mix, plan, stream);
 }
 
 void launch_decode(DType dtype, const Shrink& shrink, const TopkForward& mix,
                    const ShrinkPlan& plan, const Expand& expand, void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_decode<T>("topk_decode", dtype, shrink, ForwardMix<T>{mix}, row_bytes(dtype, mix), plan,
-                     expand, stream);
-  });
+  launch_mix_and_expand<ForwardMix>("topk_decode", dtype, shrink, mix, plan, expand, stream);
 }
 
 void launch_mix(DType dtype, const Shrink& p, const TopkBackward& mix, const ShrinkPlan& plan,
                 void* stream) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch_behind_shrink<T>("topk_backward", dtype, p, BackwardMix<T>{mix}, row_bytes(dtype, mix),
-                            plan, stream);
-  });
+  launch_behind_shrink<BackwardMix>("topk_backward", dtype, p, mix, plan, stream);
 }
 
 }  // namespace moelora::cuda

@@ -9,7 +9,7 @@ import torch
 # Back end -> the paths that it has.
 PATHS = {
     "cpu": ("stacked", "grouped"),
-    "cuda": ("stacked",),
+    "cuda": ("stacked", "decode"),
     "triton": ("stacked", "grouped", "decode"),
 }
 # Most tokens of the decode path.

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelora_ops import backends, ops, use_backend
+from moelora_ops import ops
 from moelora_ops.backends.triton import launch, tiles
 from tools.gpu_emulator import emulated_gpu
+from tools.gpu_emulator.on_cpu import on_cpu_tensors
 
 from .cases import Call
 
@@ -115,14 +115,6 @@ class _Recorder(TorchDispatchMode):
         )
         self.torch_kernels = self.recording.around
         return results
-
-
-@contextlib.contextmanager
-def on_cpu_tensors(backend: str) -> Iterator[None]:
-    """Forces a back end, which takes CPU tensors for as long."""
-    row = backends._BY_NAME[backend]._replace(device="cpu")
-    with mock.patch.dict(backends._BY_NAME, {backend: row}), use_backend(backend):
-        yield
 
 
 def record(
