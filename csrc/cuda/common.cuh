@@ -91,6 +91,12 @@ __device__ __forceinline__ void copy_rows(T* tile, int pitch, int rows, int widt
   }
 }
 
+// The tokens of a tile: tokens(i), and there is one for i < end; behind it any number.
+struct AllTokens {
+  int64_t end;
+  __device__ int64_t operator()(int64_t i) const { return i; }
+};
+
 // Row c of the experts' rows and then the others.
 template <class T>
 struct RowAddress {
@@ -134,8 +140,9 @@ __device__ __forceinline__ int mask_groups(const Rows& rows, const Masks& masks)
 __device__ __forceinline__ MaskGroup mask_group(const Rows& rows, const Masks& masks, int i) {
   const int experts = masks.per_expert ? rows.R / rows.r : 1;
   if (i == experts) return {rows.R, rows.R + rows.extra, false, 0};
-  if (!masks.per_expert) return {0, rows.R, masks.seed != nullptr, 0};
-  return {i * rows.r, (i + 1) * rows.r, masks.seed != nullptr, static_cast<uint32_t>(i)};
+  const bool masked = masks.seed != nullptr;
+  if (!masks.per_expert) return {0, rows.R, masked, 0};
+  return {i * rows.r, (i + 1) * rows.r, masked, static_cast<uint32_t>(masks.first + i)};
 }
 
 __device__ __forceinline__ Dropout load_dropout(const Masks& masks) {
@@ -145,11 +152,13 @@ __device__ __forceinline__ Dropout load_dropout(const Masks& masks) {
 // The mask of 16 tokens by 16 features, across a warp: a lane draws one counter's eight features.
 class KeepTile {
  public:
-  // feature: of the first column, a multiple of 8
-  __device__ KeepTile(const Dropout& d, int64_t token, int64_t feature, uint32_t expert) {
+  //   tokens(t0 + i) row i;  feature of the first column, a multiple of 8
+  template <class Tokens>
+  __device__ KeepTile(const Dropout& d, const Tokens& tokens, int64_t t0, int64_t feature,
+                      uint32_t expert) {
     uint32_t words[4][1];
     philox_words<1>(d, static_cast<uint32_t>(feature / 8) + lane_id() / 16,
-                    static_cast<uint64_t>(token) + lane_id() % 16, expert, words);
+                    static_cast<uint64_t>(tokens(t0 + lane_id() % 16)), expert, words);
     bits_ = 0;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {

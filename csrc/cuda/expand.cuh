@@ -52,16 +52,16 @@ __device__ __forceinline__ void expand_rows(acc_t<T> (&sums)[ExpandTile<T>::kTil
 }
 
 // total += mask ⊙ sums; sums = 0.
-template <class T>
+template <class T, class Tokens>
 __device__ __forceinline__ void add_masked(acc_t<T> (&total)[ExpandTile<T>::kTiles][4],
                                            acc_t<T> (&sums)[ExpandTile<T>::kTiles][4],
                                            const Dropout& dropout, const MaskGroup& group,
-                                           int64_t t0, int64_t column) {
+                                           const Tokens& tokens, int64_t t0, int64_t column) {
 #pragma unroll
   for (int j = 0; j < ExpandTile<T>::kTiles; j += 2) {
     acc_t<T>(&pair)[2][4] = reinterpret_cast<acc_t<T>(&)[2][4]>(sums[j]);
     if (group.masked) {
-      const KeepTile keep(dropout, t0, column + 8 * j, group.expert);
+      const KeepTile keep(dropout, tokens, t0, column + 8 * j, group.expert);
       for_each_sum(pair, [&](int row, int c, acc_t<T>& sum) {
         if (!keep(row, c)) sum = 0;
       });
@@ -76,9 +76,9 @@ __device__ __forceinline__ void add_masked(acc_t<T> (&total)[ExpandTile<T>::kTil
 
 // One warp's 16 tokens of y, through shared memory so that accesses are wide.
 //   stage [16, kStagePitch] of this warp
-template <class T>
-__device__ __forceinline__ void write_tokens(const Expand& p, int64_t t0, int64_t n0,
-                                             acc_t<T> (&sums)[ExpandTile<T>::kTiles][4],
+template <class T, class Tokens>
+__device__ __forceinline__ void write_tokens(const Expand& p, const Tokens& tokens, int64_t t0,
+                                             int64_t n0, acc_t<T> (&sums)[ExpandTile<T>::kTiles][4],
                                              acc_t<T>* stage) {
   using S = ExpandTile<T>;
   constexpr int kPerRow = S::kColumns / kChunk<T>;
@@ -90,8 +90,8 @@ __device__ __forceinline__ void write_tokens(const Expand& p, int64_t t0, int64_
   for (int i = lane_id(); i < 16 * kPerRow; i += 32) {
     const int row = i / kPerRow, c = i % kPerRow * kChunk<T>;
     const int64_t n = n0 + c, left = p.columns - n;
-    if (t0 + row >= p.T || left <= 0) continue;
-    T* to = y + (t0 + row) * p.ldy + n;
+    if (t0 + row >= tokens.end || left <= 0) continue;
+    T* to = y + tokens(t0 + row) * p.ldy + n;
     const T* start = p.accumulate ? to : bias ? bias + n : nullptr;
     const auto value = [&](int j, T before) {
       const acc_t<T> sum = stage[row * S::kStagePitch + c + j];
@@ -130,30 +130,18 @@ __device__ __forceinline__ void add_statistics(const Statistics& s) {
   }
 }
 
-// What one block does.
-//   block   of strips x walks of all products; behind them, the one for the statistics
+// A strip of columns, from n0 on, of the tokens of tiles [first, last).
 //   shared  ExpandTile::shared_bytes
-template <class T, bool kMasked>
-__device__ __forceinline__ void expand_block(Expand p, int64_t block, int strips,
-                                             int64_t tiles_per_walk, char* shared) {
+template <class T, bool kMasked, class Tokens>
+__device__ __forceinline__ void expand_walk(const Expand& p, const Tokens& tokens, int64_t n0,
+                                            int64_t first, int64_t last, char* shared) {
   using S = ExpandTile<T>;
   using A = acc_t<T>;
-  const int64_t tiles = ceil_div<int64_t>(p.T, S::kTokens);
-  const int64_t walk = block / strips, walks = ceil_div(tiles, tiles_per_walk);
-  const int64_t product = walk / walks, first = walk % walks * tiles_per_walk;
-  const int64_t last = min(tiles, first + tiles_per_walk);
-  if (product == p.batch.count) return add_statistics<A>(p.statistics);
-  advance<T>(p.h, product * p.batch.coefficients);
-  advance<T>(p.rows.experts, product * p.batch.rows);
-  advance<T>(p.bias, product * p.batch.bias);
-  advance<T>(p.y, product * p.batch.vectors);
-
   const S shape(p.rows);
   T* strip = reinterpret_cast<T*>(shared);
   T* h = strip + shape.strip_size() + warp_id() * 16 * shape.h_pitch();
   A* stage = reinterpret_cast<A*>(strip + shape.strip_size() + shape.h_size()) +
              warp_id() * 16 * S::kStagePitch;
-  const int64_t n0 = block % strips * S::kColumns;
   const RowAddress<T> address(p.rows, p.columns);
   const bool rows_aligned = address.aligned(), resident = shape.width <= S::kRows;
   const int count = p.rows.count();
@@ -167,7 +155,7 @@ __device__ __forceinline__ void expand_block(Expand p, int64_t block, int strips
   const auto copy_h = [&](int64_t t0, int c0, int rows) {
     const T* from = static_cast<const T*>(p.h);
     copy_rows(h, shape.h_pitch(), 16, rows, c0, shape.width, true, lane_id(), 32,
-              [&](int i) { return t0 + i < p.T ? from + (t0 + i) * p.ldh : nullptr; });
+              [&](int i) { return t0 + i < tokens.end ? from + tokens(t0 + i) * p.ldh : nullptr; });
   };
 
   for (int64_t tile = first; tile < last; ++tile) {
@@ -195,15 +183,34 @@ __device__ __forceinline__ void expand_block(Expand p, int64_t block, int strips
           const int begin = max(group.begin - c0, 0), end = min(group.end - c0, rows);
           if (begin >= end) continue;
           expand_rows<T>(sums, h, shape.h_pitch(), strip, begin, end, true);
-          add_masked<T>(total, sums, dropout, group, t0, n0);
+          add_masked<T>(total, sums, dropout, group, tokens, t0, n0);
         }
       }
     }
     // The next tile's coefficients travel while this one's sums are written.
     __syncwarp();
     if (resident && tile + 1 < last) copy_h(t0 + S::kTokens, 0, shape.width);
-    write_tokens<T>(p, t0, n0, kMasked ? total : sums, stage);
+    write_tokens<T>(p, tokens, t0, n0, kMasked ? total : sums, stage);
   }
+}
+
+// What one block does.
+//   block   of strips x walks of all products; behind them, the one for the statistics
+//   shared  ExpandTile::shared_bytes
+template <class T, bool kMasked>
+__device__ __forceinline__ void expand_block(Expand p, int64_t block, int strips,
+                                             int64_t tiles_per_walk, char* shared) {
+  using S = ExpandTile<T>;
+  const int64_t tiles = ceil_div<int64_t>(p.T, S::kTokens);
+  const int64_t walk = block / strips, walks = ceil_div(tiles, tiles_per_walk);
+  const int64_t product = walk / walks, first = walk % walks * tiles_per_walk;
+  const int64_t last = min(tiles, first + tiles_per_walk);
+  if (product == p.batch.count) return add_statistics<acc_t<T>>(p.statistics);
+  advance<T>(p.h, product * p.batch.coefficients);
+  advance<T>(p.rows.experts, product * p.batch.rows);
+  advance<T>(p.bias, product * p.batch.bias);
+  advance<T>(p.y, product * p.batch.vectors);
+  expand_walk<T, kMasked>(p, AllTokens{p.T}, block % strips * S::kColumns, first, last, shared);
 }
 
 }  // namespace moelora::cuda

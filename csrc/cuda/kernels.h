@@ -40,6 +40,7 @@ struct Masks {
   const int64_t* seed;  // [1], read on the device; null without dropout
   double p;
   bool per_expert;
+  int first = 0;  // index of the first expert's mask
 };
 
 // ---------------------------------------------------------------- the products
@@ -149,6 +150,12 @@ struct TokenSums {
 
   MOELORA_HD int64_t size() const { return rows * columns; }
 };
+// (token, slot) pairs, as token * k + slot, by expert, then by slot, then by token.
+struct Segments {
+  int32_t* order;   // [T k]
+  int32_t* starts;  // [E k + 1]: where in `order` those of an expert's slot begin; T k
+  int E, k;
+};
 constexpr int kOuterProducts = 2;
 constexpr int kTokenSums = 2;
 constexpr int kOuterOutputs = 6;
@@ -157,7 +164,10 @@ struct Outer {
   int64_t T;
   OuterProduct products[kOuterProducts];  // without rows: nothing to do, as without columns below
   TokenSums sums[kTokenSums];
-  int64_t chunk;   // tokens
+  // With an order: of both products' batches, one for each expert, that has its own tokens, and h a
+  // row per pair.
+  Segments segments;
+  int64_t chunk;   // tokens; of each expert, if there are segments
   int parts;       // ceil(T / chunk)
   void* partials;  // A [parts, size()]: the products and the sums, one after the other
   // Where they go, in that order.

@@ -108,14 +108,26 @@ __device__ __forceinline__ void sum_tokens(const TokenSums& s, int64_t block, in
     out[row * s.columns + c0 + column] = static_cast<A>(s.scale) * shared[column];
 }
 
+// Rows of v and of h: all, or those of an expert.
+struct AllRows : AllTokens {
+  __device__ int64_t pair(int64_t i) const { return i; }
+};
+struct SegmentRows {
+  const int32_t* order;
+  int64_t end;
+  int k;
+  __device__ int32_t pair(int64_t i) const { return i < end ? order[i] : 0; }
+  __device__ int64_t operator()(int64_t i) const { return pair(i) / k; }
+};
+
 // Grid: the tiles of both products and the strips of both sums x chunks of tokens.
-template <class T, bool kMasked>
+template <class T, bool kMasked, bool kSegments>
 __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(const Outer p) {
   extern __shared__ __align__(16) char shared[];
   using S = OuterTile<T>;
   using A = acc_t<T>;
   const int64_t first = S::blocks(p.products[0]), both = first + S::blocks(p.products[1]);
-  const int64_t t_begin = blockIdx.y * p.chunk, t_end = min(p.T, t_begin + p.chunk);
+  int64_t t_begin = blockIdx.y * p.chunk, t_end = min(p.T, t_begin + p.chunk);
   if (blockIdx.x >= both) {
     const int64_t block = blockIdx.x - both, before = sum_blocks(p.sums[0]);
     const bool other = block >= before;
@@ -144,15 +156,26 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(con
   const T* h = static_cast<const T*>(product.h) + one * product.batch.coefficients;
   const T* v = static_cast<const T*>(product.v) + one * product.batch.vectors;
   const bool v_aligned = aligned16(v, product.ldv);
+  std::conditional_t<kSegments, SegmentRows, AllRows> tokens;
+  if constexpr (kSegments) {
+    const int32_t* starts = p.segments.starts + one * p.segments.k;
+    const int64_t end = starts[p.segments.k];
+    t_begin += starts[0];
+    t_end = min(end, t_begin + p.chunk);
+    tokens.order = p.segments.order;
+    tokens.k = p.segments.k;
+  }
+  tokens.end = t_end;
   const auto copy = [&](int step) {
     T* to = stages + step % S::kStages * shape.stage_size();
     const int64_t t0 = t_begin + int64_t{step} * S::kTokens;
     copy_rows(to, S::kPitch, S::kTokens, S::kColumns, n0, product.columns, v_aligned, threadIdx.x,
               blockDim.x,
-              [&](int i) { return t0 + i < t_end ? v + (t0 + i) * product.ldv : nullptr; });
+              [&](int i) { return t0 + i < t_end ? v + tokens(t0 + i) * product.ldv : nullptr; });
     copy_rows(to + S::kTokens * S::kPitch, shape.h_pitch(), S::kTokens, shape.rows, c0, shape.width,
-              true, threadIdx.x, blockDim.x,
-              [&](int i) { return t0 + i < t_end ? h + (t0 + i) * product.ldh : nullptr; });
+              true, threadIdx.x, blockDim.x, [&](int i) {
+                return t0 + i < t_end ? h + tokens.pair(t0 + i) * product.ldh : nullptr;
+              });
   };
 
   Dropout dropout = {};
@@ -180,12 +203,14 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(con
       const int64_t token = t_begin + int64_t{step} * S::kTokens + t;
       const int64_t column = n0 + warp_id() * 8 * S::kTiles;
       for (int i = 0; i < mask_groups(product.rows, product.masks); ++i) {
-        const MaskGroup group = mask_group(product.rows, product.masks, i);
+        MaskGroup group = mask_group(product.rows, product.masks, i);
+        if (kSegments && product.masks.per_expert) group.expert = static_cast<uint32_t>(one);
         const int begin = max(group.begin - c0, 0), end = min(group.end - c0, rows);
         if (begin >= end) continue;
         if (group.masked) {
-          const KeepTile keep[S::kTiles / 2] = {{dropout, token, column, group.expert},
-                                                {dropout, token, column + 16, group.expert}};
+          const KeepTile keep[S::kTiles / 2] = {
+              {dropout, tokens, token, column, group.expert},
+              {dropout, tokens, token, column + 16, group.expert}};
           outer_16(sums, coefficients, shape.h_pitch(), own, begin, end, keep);
         } else {
           outer_16<T, KeepTile>(sums, coefficients, shape.h_pitch(), own, begin, end, nullptr);
@@ -254,8 +279,12 @@ void launch_outer_parts(DType dtype, const Outer& p, void* stream) {
     const int64_t shared =
         std::max({S(p.products[0]).shared_bytes(), S(p.products[1]).shared_bytes(),
                   static_cast<int64_t>(kThreads * sizeof(acc_t<T>))});
-    launch("outer", masked ? outer_kernel<T, true> : outer_kernel<T, false>,
-           dim3(static_cast<unsigned>(blocks), p.parts), kThreads, shared, stream, p);
+    const auto kernel = p.segments.order
+                            ? masked ? outer_kernel<T, true, true> : outer_kernel<T, false, true>
+                        : masked ? outer_kernel<T, true, false>
+                                 : outer_kernel<T, false, false>;
+    launch("outer", kernel, dim3(static_cast<unsigned>(blocks), p.parts), kThreads, shared, stream,
+           p);
   });
 }
 

@@ -52,25 +52,25 @@ __device__ __forceinline__ void shrink_16(acc_t<T> (&sums)[ShrinkTile<T>::kTiles
   }
 }
 
-// total [16, columns] of each warp: columns [c0, c0 + columns) of h for tokens from t0 on, summed
-// over features [k0, k1), k0 at the start of a segment.
+// total [16, columns] of each warp: columns [c0, c0 + columns) of h for tokens(t0), tokens(t0 + 1),
+// ..., summed over features [k0, k1), k0 at the start of a segment.
 //   stages ShrinkTile::shared_bytes
-template <class T, bool kMasked>
-__device__ __forceinline__ void shrink_tile(const Shrink& p, int64_t t0, int c0, int columns,
-                                            int64_t k0, int64_t k1, T* stages,
+template <class T, bool kMasked, class Tokens>
+__device__ __forceinline__ void shrink_tile(const Shrink& p, const Tokens& tokens, int64_t t0,
+                                            int c0, int columns, int64_t k0, int64_t k1, T* stages,
                                             acc_t<T> (&total)[ShrinkTile<T>::kTiles][4]) {
   using S = ShrinkTile<T>;
-  const int tokens = blockDim.x / 2, rows_read = static_cast<int>(padded(columns));
-  const int stage = (tokens + rows_read) * S::kPitch;
+  const int size = blockDim.x / 2, rows_read = static_cast<int>(padded(columns));
+  const int stage = (size + rows_read) * S::kPitch;
   const T* v = static_cast<const T*>(p.v);
   const RowAddress<T> address(p.rows, p.columns);
   const bool v_aligned = aligned16(v, p.ldv), rows_aligned = address.aligned();
   const auto copy = [&](int step) {
     T* to = stages + step % S::kStages * stage;
     const int64_t k = k0 + int64_t{step} * S::kFeatures;
-    copy_rows(to, S::kPitch, tokens, S::kFeatures, k, k1, v_aligned, threadIdx.x, blockDim.x,
-              [&](int i) { return t0 + i < p.T ? v + (t0 + i) * p.ldv : nullptr; });
-    copy_rows(to + tokens * S::kPitch, S::kPitch, rows_read, S::kFeatures, k, k1, rows_aligned,
+    copy_rows(to, S::kPitch, size, S::kFeatures, k, k1, v_aligned, threadIdx.x, blockDim.x,
+              [&](int i) { return t0 + i < tokens.end ? v + tokens(t0 + i) * p.ldv : nullptr; });
+    copy_rows(to + size * S::kPitch, S::kPitch, rows_read, S::kFeatures, k, k1, rows_aligned,
               threadIdx.x, blockDim.x,
               [&](int i) { return i < columns ? address(c0 + i) : nullptr; });
   };
@@ -92,7 +92,7 @@ __device__ __forceinline__ void shrink_tile(const Shrink& p, int64_t t0, int c0,
 
     const T* tile = stages + step % S::kStages * stage;
     const T* own = tile + warp_id() * 16 * S::kPitch;
-    const T* rows = tile + tokens * S::kPitch;
+    const T* rows = tile + size * S::kPitch;
     for (int k = 0; k < S::kFeatures; k += 16) {
       if (!kMasked) {
         shrink_16<T, KeepTile>(sums, own + k, rows + k, 0, columns, nullptr);
@@ -104,7 +104,7 @@ __device__ __forceinline__ void shrink_tile(const Shrink& p, int64_t t0, int c0,
         const int begin = max(group.begin - c0, 0), end = min(group.end - c0, columns);
         if (begin >= end) continue;
         if (group.masked) {
-          const KeepTile keep(dropout, t0 + warp_id() * 16, feature, group.expert);
+          const KeepTile keep(dropout, tokens, t0 + warp_id() * 16, feature, group.expert);
           shrink_16(sums, own + k, rows + k, begin, end, &keep);
         } else {
           shrink_16<T, KeepTile>(sums, own + k, rows + k, begin, end, nullptr);
@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(32 * ShrinkTile<T>::kMostWarps, 1)
   const int64_t length = gridDim.z == 1 ? p.columns : segment_length(p.columns);
   const int64_t k0 = blockIdx.z * length, k1 = min(p.columns, k0 + length);
   acc_t<T> total[S::kTiles][4] = {};
-  shrink_tile<T, kMasked>(p, t0, c0, columns, k0, k1, reinterpret_cast<T*>(shared), total);
+  shrink_tile<T, kMasked>(p, AllTokens{p.T}, t0, c0, columns, k0, k1, reinterpret_cast<T*>(shared),
+                          total);
   finish(p, product, t0, c0, columns, total, shared);
 }
 
