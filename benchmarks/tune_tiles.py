@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # these sources, whatever is installed
 
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
+from benchmarks import table_module  # noqa: E402
 from moelora_ops import ops  # noqa: E402
 from moelora_ops.backends.triton import launch, tiles, tuned  # noqa: E402
 from moelora_ops.bench import devices  # noqa: E402
@@ -158,22 +159,12 @@ def tune(size: Size, clock: Clock, device: str = "cuda") -> dict[str, int]:
 
 def write(path: Path, table: dict[tiles.Key, dict[str, int]], gpu: str) -> None:
     """The module ``tuned`` with these entries."""
-    lines = [
-        '"""Tiles that were measured to be faster than the rules.',
-        "",
-        "``benchmarks/tune_tiles.py`` writes this.",
-        "",
-        f"Last on {gpu} with torch {torch.__version__}.",
-        '"""',
-        "",
-        "# ``tiles.key`` -> values instead of the rule's.",
-        "TABLE: dict[tuple[str, str, int, int, int, int], dict[str, int]] = {",
-        *(f"    {key!r}: {values!r}," for key, values in sorted(table.items())),
-        "}",
-    ]
-    new = path.with_suffix(".new")
-    new.write_text("\n".join(lines).replace("'", '"') + "\n")
-    new.replace(path)
+    table_module.write(
+        path, "Tiles that were measured to be faster than the rules.",
+        "``tiles.key`` -> values instead of the rule's.",
+        "dict[tuple[str, str, int, int, int, int], dict[str, int]]", table,
+        f"``benchmarks/tune_tiles.py`` writes this; last on {gpu}.",
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -42,6 +42,7 @@ def collect() -> dict:
             "isa": extension.isa_level(),
         },
         "backends": dict(backends.available()),
+        "measured": [[*key, name] for key, name in sorted(backends.measured.TABLE.items())],
         "triton": {
             "version": triton.version() or None,
             "missing": dict(backends.available())["triton"],
@@ -119,6 +120,7 @@ def format_info(info: dict) -> str:
     """The report, a fact a line."""
     box, built, small = info["machine"], info["extension"], info["small_linear"]
     gpu = info["triton"]
+    fastest = ", ".join(f"{mix} on {arch}: {name}" for mix, arch, name in info["measured"])
     limits = ", ".join(f"{dtype} up to {tokens}" for dtype, tokens in small["up_to_tokens"].items())
     rows = [
         ("moelora_ops", f"{info['moelora_ops']}  ({info['path']})"),
@@ -131,6 +133,7 @@ def format_info(info: dict) -> str:
         ("  runs at", built["isa"]),
         ("back ends", ""),
         *((f"  {name}", why or "available") for name, why in info["backends"].items()),
+        ("  measured fastest", fastest or "none: the first that is available"),
         ("triton", gpu["version"] or "-"),
         ("  runs here", f"no: {gpu['missing']}" if gpu["missing"] else "yes"),
         ("  compiled in tests for", ", ".join(gpu["archs"])),

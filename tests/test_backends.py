@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,56 @@ def test_blocks_nest(built):
             assert chosen() == "cpu"
         assert chosen() == "reference"
     assert chosen() == "cpu"
+
+
+@pytest.fixture
+def fastest(built, monkeypatch):
+    """The reference was measured to be the fastest for topk."""
+    monkeypatch.setattr(backends, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(backends.measured, "TABLE", {("topk", "sm_90"): "reference"})
+
+
+def test_what_was_measured_goes_first(fastest, monkeypatch):
+    assert backends.choose(CPU, torch.float32, "topk") == "reference"
+    assert backends.choose(CPU, torch.float32, "gated") == chosen() == "cpu"
+    with use_backend("cpu"):
+        assert backends.choose(CPU, torch.float32, "topk") == "cpu"
+    monkeypatch.setattr(backends, "architecture", lambda device: "sm_80")
+    assert backends.choose(CPU, torch.float32, "topk") == "cpu"
+
+
+def test_what_was_measured_may_not_run_here(fastest, monkeypatch):
+    monkeypatch.setitem(backends.measured.TABLE, ("topk", "sm_90"), "triton")
+    assert backends.choose(CPU, torch.float32, "topk") == "cpu"
+
+
+def test_functions_ask_for_their_mix(fastest, monkeypatch):
+    """Compiled ones too: what was measured is a constant to the compiler."""
+    monkeypatch.setitem(backends._BY_NAME, "cpu", backends._BY_NAME["cpu"]._replace(dtypes=()))
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="does not compute"), use_backend("cpu"):
+        call_mola()
+    call_mola()
+    torch.compile(call_mola, backend="eager", fullgraph=True)()
+
+
+def test_architecture(monkeypatch):
+    """Of a GPU it is a constant to the compiler, which need not trace how one is asked."""
+    gpu = torch.device("cuda", 0)
+    assert backends.architecture(gpu) == ""
+
+    def properties(device):
+        torch._dynamo.graph_break()
+        return SimpleNamespace(major=9, minor=0)
+
+    there = SimpleNamespace(is_available=lambda: True, get_device_properties=properties)
+    instead = SimpleNamespace(cuda=there, version=SimpleNamespace(hip=None))
+    monkeypatch.setattr(backends, "torch", instead)
+    assert backends.architecture(gpu) == "sm_90" and backends.architecture(CPU) == ""
+    compiled = torch.compile(
+        lambda x: x + len(backends.architecture(gpu)), backend="eager", fullgraph=True
+    )
+    assert compiled(torch.zeros(())) == 5
 
 
 def test_an_exception_leaves_the_block(built):

@@ -71,6 +71,16 @@ def test_paths_are_those_that_exist(monkeypatch):
     assert "no: triton is not installed" in info.format_info(facts)
 
 
+def test_what_was_measured_to_be_fastest(monkeypatch):
+    monkeypatch.setattr(backends.measured, "TABLE", {})
+    assert "measured fastest     none" in info.format_info(info.collect())
+    table = {("topk", "sm_90"): "triton", ("grid", "sm_90"): "triton"}
+    monkeypatch.setattr(backends.measured, "TABLE", table)
+    facts = info.collect()
+    assert facts["measured"] == [["grid", "sm_90", "triton"], ["topk", "sm_90", "triton"]]
+    assert "grid on sm_90: triton, topk on sm_90: triton" in info.format_info(facts)
+
+
 def test_tiles(capsys):
     """One line for each architecture, dtype, number of tokens and product."""
     assert info.main(["--tiles"]) == 0

@@ -1,8 +1,9 @@
 """Which implementation runs: the one dispatch table.
 
 A back end is a name, the device type its kernels live on and a test of whether it can run here.  An
-explicit choice never falls back; the automatic one takes the first that fits and says once if that
-is the reference.
+explicit choice never falls back; the automatic one takes what was measured to be fastest for a mix
+and architecture (``measured.TABLE``), else the first that fits, and says once if that is the
+reference.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import extension, triton
+from . import extension, measured, triton
 
 
 class Backend(NamedTuple):
@@ -109,8 +110,14 @@ def set_default_backend(name: str | None) -> None:
     _default = name
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> str:
+def choose(device: torch.device, dtype: torch.dtype, mix: str = "") -> str:
     """Name of the back end that runs for tensors on `device` of `dtype`.
+
+    Never by the number of tokens, so that a token's bits do not depend on how many others there
+    are; and one for both directions, since backward reads what forward has saved.
+
+    Args:
+        mix: whose operators run ("topk", "gated", ...); "" for the products alone.
 
     Raises:
         RuntimeError: a back end was asked for that cannot run here, or not on these tensors.
@@ -123,6 +130,9 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
         if why:
             raise RuntimeError(f"backend {forced!r} was asked for, but {why}")
         return forced
+    fastest = _fastest(device, mix)
+    if fastest and not _unfit(_BY_NAME[fastest], device, dtype):
+        return fastest
     reasons = []
     for backend in BACKENDS:
         why = _unfit(backend, device, dtype)
@@ -132,6 +142,25 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
             return backend.name
         reasons.append(f"{backend.name}: {why}")
     raise RuntimeError(f"no back end computes in {dtype} on {device}: {'; '.join(reasons)}")
+
+
+def _fastest(device: torch.device, mix: str) -> str:
+    """What was measured, or ""."""
+    return measured.TABLE.get((mix, architecture(device)), "") if measured.TABLE else ""
+
+
+def architecture(device: torch.device) -> str:
+    """Of a device, as in ``measured.TABLE``: "sm_90", "gfx942"; "" of one that is no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+# As torch.compiler.assume_constant_result does, which would import half of the compiler.
+architecture._dynamo_marked_constant = True
 
 
 def _unfit(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:

@@ -11,6 +11,8 @@ from importlib import metadata
 
 import torch
 
+from .. import backends
+
 # Messages of torch's profiler, which counts memory on the CPU; read when it first runs.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
@@ -169,7 +171,7 @@ class Cuda:
         driver = _nvidia_smi("driver_version")
         return {
             "name": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
+            "architecture": backends.architecture(torch.device("cuda")),
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,

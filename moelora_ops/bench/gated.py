@@ -29,6 +29,8 @@ from .numerics import DX, FORWARD, TRAIN
 class GatedCase(SequenceCase):
     """One row of the table: a layer and a number of tokens, in sequences of up to 128."""
 
+    mix = "gated"
+
     name: str
     dtype: str
     tokens: int

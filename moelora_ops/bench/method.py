@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,13 @@ def directions(tokens: int) -> tuple[str, ...]:
 
 
 class Case:
-    """Base of the methods' cases, frozen dataclasses: every int is a size and at least 1."""
+    """Base of the methods' cases, frozen dataclasses: every int is a size and at least 1.
+
+    Attributes:
+        mix: whose operators our layer runs; "" if only products.
+    """
+
+    mix: ClassVar[str] = ""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

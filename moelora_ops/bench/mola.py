@@ -22,6 +22,8 @@ from .numerics import DX, FORWARD, TRAIN, InputsError
 class MoLACase(Case):
     """One row of the table: a layer and a number of tokens."""
 
+    mix = "topk"
+
     name: str
     dtype: str
     tokens: int

@@ -17,6 +17,8 @@ from .numerics import FORWARD, TRAIN
 class MoLECase(Case):
     """One row of the table: a layer with a gate per token, and a number of tokens."""
 
+    mix = "output_gate"
+
     name: str
     dtype: str
     tokens: int

@@ -17,6 +17,8 @@ from .numerics import DX, FORWARD, TRAIN
 class MoR1ECase(Case):
     """One row of the table: a layer and a number of tokens, in up to four sequences."""
 
+    mix = "grid"
+
     name: str
     dtype: str
     tokens: int

@@ -46,6 +46,10 @@ class OrchMoECase(SequenceCase):
             f" r={self.rank}, {self.combine}"
         )
 
+    @property
+    def mix(self) -> str:
+        return "averaged" if self.combine == "average" else "gated"
+
 
 def _cases() -> tuple[OrchMoECase, ...]:
     # One token's gradients are a few errors repeated over K or N: no measure of an implementation.

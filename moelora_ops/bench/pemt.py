@@ -29,6 +29,8 @@ PROMPT = 20
 class PEMTCase(SequenceCase):
     """One row of the table: W_o of a T5 encoder's feed-forward, sequences of up to 128 tokens."""
 
+    mix = "gated"
+
     name: str
     dtype: str
     tokens: int

@@ -329,7 +329,8 @@ def run_case(
         "dtype": case.dtype,
         "direction": direction,
         "graphs": settings.graphs,
-        "backend": ", ".join(settings.backends) or backends.choose(place, dtype),
+        "backend": ", ".join(settings.backends) or backends.choose(place, dtype, case.mix),
+        "mix": case.mix,
         "floors": method.floors(case, direction)._asdict(),
         "memory_target": None if direction == FORWARD else method.memory_target(case),
     }

@@ -80,7 +80,7 @@ def _run(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, b
     columns = (num_experts,) if splits == 1 else (splits, num_experts)
     table, rows = common.row_weights("weights", weights, x, row_map, columns)
     common.check_finite("scale", scale)
-    backend = common.backend_for(x)
+    backend = common.backend_for(x, "averaged")
     if backend == "reference":
         _check(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits, base_output)
         with reference.no_autocast(x.device.type):

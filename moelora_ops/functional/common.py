@@ -312,6 +312,6 @@ def run_mixture(
     return y.view(*x.shape[:-1], y.shape[-1]), *others
 
 
-def backend_for(x: Tensor) -> str:
-    """Name of the back end that runs for x."""
-    return backends.choose(x.device, x.dtype)
+def backend_for(x: Tensor, mix: str = "") -> str:
+    """Name of the back end that runs a mix, or the products alone, for x."""
+    return backends.choose(x.device, x.dtype, mix)

@@ -93,7 +93,7 @@ def _run(
     common.check_dropout(dropout)
     table, rows = common.row_weights("weights", weights, x, row_map, (num_experts,))
     scale = common.expert_scales(scale, num_experts, x)
-    backend = common.backend_for(x)
+    backend = common.backend_for(x, "gated")
     if backend == "reference":
         _check(
             x, weight, bias, lora_down, lora_up, weights, scale, activation, row_map, down_bias,

@@ -100,7 +100,7 @@ def _run(
     common.check_top_k(top_k, num_experts)
     common.check_finite("scale", scale)
     common.check_dropout(dropout, dropout_mode)
-    backend = common.backend_for(x)
+    backend = common.backend_for(x, "topk")
     if backend == "reference":
         _check(
             x, weight, bias, lora_down, lora_up, router, top_k, scale, renormalize, dropout,

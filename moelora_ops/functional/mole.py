@@ -148,7 +148,7 @@ def mole(
     _check_tau(tau, x)
     _check_masks(expert_mask, sequence_mask, x, num_experts, granularity)
     scales = common.expert_scales(scale, num_experts, x)
-    backend = common.backend_for(x)
+    backend = common.backend_for(x, "output_gate")
     if backend == "reference":
         with reference.no_autocast(x.device.type):
             return reference.mole(

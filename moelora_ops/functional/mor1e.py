@@ -91,7 +91,7 @@ def _run(
     table = rows_of = None
     if intuition is not None:
         table, rows_of = common.row_weights("intuition", intuition, x, row_map, (router.shape[0],))
-    backend = common.backend_for(x)
+    backend = common.backend_for(x, "grid")
     if backend == "reference":
         _check(
             x, weight, bias, lora_down, lora_up, router, omega, beta, intuition, token_scale,
