@@ -147,10 +147,12 @@ class BuildExtension(build_ext):
             for source in sorted(Path("csrc").glob("bindings_cuda*.cpp")):
                 command = [*tensors, f'-DMOELORA_CUDA_ARCHS="{names}"']
                 units[source.stem] = (str(source), command)
+            # Of two binaries for one device, the runtime need not take the one with wgmma.
+            wgmma = {"sm_90", "sm_90a"} & set(names.split(",")) == {"sm_90a"}
             device = [
                 NVCC, "-ccbin", shlex.split(COMPILER)[0], "-O3", "-std=c++20", "-Icsrc",
                 "-lineinfo" if debug else "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                *archs,
+                *(["-DMOELORA_SM_90A"] if wgmma else []), *archs,
             ]  # fmt: skip
             for source in sorted(Path("csrc/cuda").glob("*.cu")):
                 units[f"cuda_{source.stem}"] = (str(source), device)

@@ -20,7 +20,8 @@ import mixes
 import torch
 from cases import Shape
 
-from moelora_ops import functional
+from moelora_ops import functional, ops
+from moelora_ops.bench import numerics
 from tools.gpu_emulator import source
 from tools.gpu_emulator.on_cpu import on_cpu_tensors
 
@@ -60,6 +61,33 @@ class Mix(NamedTuple):
         mixes.assert_within_budget(on, self.name, self.variant, self.size, self.dtype, draws=3)
 
 
+class Product(NamedTuple):
+    """A shrink alone, of T tokens by R rows."""
+
+    T: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    multiprocessors: int
+    launches: int
+
+    def make_inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        random = torch.Generator().manual_seed(0)
+        return tuple(
+            torch.randn(rows, self.K, generator=random).to(self.dtype) for rows in (self.T, self.R)
+        )
+
+    def run(self) -> dict[str, torch.Tensor]:
+        return {"h": ops.of("cuda").shrink(*self.make_inputs())}
+
+    def assert_within_budget(self, on) -> None:
+        x, rows = self.make_inputs()
+        with on():
+            got = self.run()
+        plain, want = ({"h": x.to(t) @ rows.to(t).T} for t in (torch.float32, torch.float64))
+        numerics.check_numerics(str(self), got, plain, want)
+
+
 SEED = torch.tensor([0x1234567890ABCDE])
 CASES = {
     # The mix in the product's own kernel, whose ring of stages comes round.
@@ -87,6 +115,8 @@ CASES = {
         "output_gate", "masked-input-layernorm", mixes.Size((20,), 40, 24, 3, 4), torch.bfloat16,
         1, 6,
     ),
+    # More rows than a tile of mma.sync has, a ring of stages that comes round.
+    "wgmma": Product(70, 328, 136, torch.bfloat16, 1, 1),
 }  # fmt: skip
 
 

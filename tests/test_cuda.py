@@ -318,6 +318,14 @@ def test_registers_hold_everything(binaries, arch):
             assert (stores, loads) == ("0", "0"), name
             # One block of eight warps, or two of four, fit a multiprocessor.
             assert int(registers) <= 255, name
+        # What ptxas says of products that it lets wait for each other.
+        assert "serialized" not in report
+
+
+def disassembled(cubin):
+    return subprocess.run(
+        [TOOLS / "cuobjdump", "--dump-sass", cubin], check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.mark.skipif(triton is None, reason="triton, which brings a disassembler, is not installed")
@@ -333,15 +341,25 @@ def test_instructions_are_those_for_16_bit_types(binaries, arch):
     }
     for source, instructions in wanted.items():
         cubin = binaries[arch][source][1]
-        code = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-sass", cubin], check=True, capture_output=True, text=True
-        ).stdout
+        code = disassembled(cubin)
         for part in code.split("Function : ")[1:]:
             name = part.split()[0]
-            if "bfloat16" not in name or not re.search("(shrink|expand|outer)_kernel", name):
+            if "bfloat16" not in name or not re.search(r"\d(shrink|expand|outer)_kernel", name):
                 continue
             missing = [i for i in instructions if i not in part]
             assert not missing, (name, missing)
+
+
+@pytest.mark.skipif(triton is None, reason="triton, which brings a disassembler, is not installed")
+def test_wgmma_is_there_for_its_device_alone(binaries):
+    for arch, found in (("90a", True), ("80", False)):
+        code = disassembled(binaries[arch]["shrink"][1])
+        kernels = [p for p in code.split("Function : ")[1:] if "wgmma_shrink_kernel" in p]
+        assert len(kernels) == 2  # types
+        for part, dtype in zip(sorted(kernels), ("BF16", ""), strict=True):
+            wanted = (f"HGMMA.64x192x16.F32{dtype and '.' + dtype} ", "LDGSTS.E.BYPASS.128")
+            assert all((instruction in part) == found for instruction in wanted), part[:100]
+            assert "HMMA" not in part
 
 
 # ---------------------------------------------------------------- contracts

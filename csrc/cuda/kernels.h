@@ -21,6 +21,7 @@ namespace moelora::cuda {
 struct Device {
   int multiprocessors;
   int shared_bytes;  // most of shared memory that one block can have
+  int capability;    // compute capability, ten times its number
 };
 Device current_device();
 
@@ -86,6 +87,7 @@ MOELORA_HD int segments(int64_t columns) {
 struct ShrinkPlan {
   bool few;        // the mix may go into the expand, see launch_decode
   bool fused;      // one launch: a block owns its tokens, for all columns, and mixes them
+  bool wgmma;      // the product alone through wgmma, see shrink_wgmma.cuh; never with fused
   int warps;       // per block of the product, 16 tokens each
   int parts;       // blocks that share a tile's columns: 1, or one a segment
   int mix_tokens;  // per block of the mix

@@ -1,5 +1,6 @@
 // Shrink into partial sums, and how a shrink is planned.
 #include "cuda/mix.cuh"
+#include "cuda/shrink_wgmma.cuh"
 
 namespace moelora::cuda {
 namespace {
@@ -19,15 +20,32 @@ struct WritePartials {
   }
 };
 
+// T has no say: a token gets its bits from one kind of instruction.
+template <class T>
+bool use_wgmma(const Shrink& p, Device device) {
+#ifdef MOELORA_SM_90A  // the build has code for it
+  return sizeof(T) == 2 && device.capability == 90 && !p.masks.seed &&
+         p.rows.count() > ShrinkTile<T>::kColumns;
+#else
+  return false;
+#endif
+}
+
 template <class T>
 ShrinkPlan plan(const Shrink& p, Device device) {
   ShrinkPlan plan = {};
-  // Twice the tokens per block read the weights half as often, where blocks remain for all.
+  plan.wgmma = use_wgmma<T>(p, device);
   const auto tiles_of = [&](int warps) {
     return p.batch.count * ceil_div<int64_t>(p.T, 16 * warps);
   };
-  plan.warps = tiles_of(ShrinkTile<T>::kMostWarps) >= device.multiprocessors ? 8 : 4;
-  const int64_t tiles = tiles_of(plan.warps) * ceil_div(p.rows.count(), ShrinkTile<T>::kColumns);
+  // Twice the tokens per block read the weights half as often, where blocks remain for all.
+  constexpr int kMost = ShrinkTile<T>::kMostWarps;
+  static_assert(16 * kMost == WgmmaTile::kTokens);
+  plan.warps = plan.wgmma || tiles_of(kMost) >= device.multiprocessors ? kMost : 4;
+  const int count = p.rows.count();
+  const int64_t columns =
+      plan.wgmma ? WgmmaTile::column_tiles(count) : ceil_div(count, ShrinkTile<T>::kColumns);
+  const int64_t tiles = tiles_of(plan.warps) * columns;
   // With fewer blocks than half of the multiprocessors, segments of one tile go to several.
   plan.parts = 2 * tiles >= device.multiprocessors ? 1 : segments(p.columns);
   return plan;
@@ -84,6 +102,11 @@ void launch_partials(DType dtype, const Shrink& p, const ShrinkPlan& plan, void*
     using T = typename decltype(type)::type;
     using S = ShrinkTile<T>;
     using Finish = WritePartials<acc_t<T>>;
+    if constexpr (sizeof(T) == 2)
+      if (plan.wgmma)
+        return launch("shrink", wgmma_shrink_kernel<T, Finish>, wgmma_shrink_grid(p, plan),
+                      32 * plan.warps, int64_t{WgmmaTile::kStages} * WgmmaTile::kStage<T>, stream,
+                      p, Finish{});
     const auto kernel =
         p.masks.seed ? shrink_kernel<T, true, Finish> : shrink_kernel<T, false, Finish>;
     launch("shrink", kernel, shrink_grid(p, plan, ceil_div(p.rows.count(), S::kColumns)),
@@ -114,7 +137,9 @@ Device current_device() {
     return value;
   };
   return {attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+              attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
 void set_zero(void* data, int64_t bytes, void* stream) {

@@ -72,7 +72,7 @@ def build(directory: Path, archs: tuple[str, ...] = ("80", "90a"), nvcc: str = "
     # Its device code, not even optimised, is never used, and is no binary for any card.
     host_code = [
         nvcc, "-O3", "-Xcicc=-O0", "-std=c++20", "-Icsrc", "-cudart=shared", "-Xcompiler=-fPIC",
-        "-gencode=arch=compute_80,code=compute_80", "-c",
+        "-DMOELORA_SM_90A", "-gencode=arch=compute_80,code=compute_80", "-c",
     ]  # fmt: skip
     for_emulator = [
         (directory / f"{source.stem}.{arch}.ptx", *device_code, f"-arch={arch}", source)
@@ -212,7 +212,9 @@ def emulated_cuda(
         torch.ops.load_library(str(library.module))
     device = Device(kernels, options)
     hooks = [kind(f) for kind, f in zip(_HOOKS, (device.launch, device.allocate), strict=True)]
-    _loaded[library.module].emulated_device(*hooks, multiprocessors, shared_bytes)
+    _loaded[library.module].emulated_device(
+        *hooks, multiprocessors, shared_bytes, int(arch.rstrip("a"))
+    )
 
     operators = ops.of("cuda")
     originals = dict(vars(operators))
@@ -236,4 +238,4 @@ def emulated_cuda(
         yield device
     finally:
         vars(operators).update(originals)
-        _loaded[library.module].emulated_device(None, None, 0, 0)
+        _loaded[library.module].emulated_device(None, None, 0, 0, 0)

@@ -15,7 +15,13 @@ enum {
   kInvalidDeviceFunction = 98,
 };
 /* Of cudaDeviceAttr and cudaFuncAttribute. */
-enum { kMultiProcessorCount = 16, kMaxSharedMemoryPerBlockOptin = 97, kMaxDynamicSharedMemorySize = 8 };
+enum {
+  kMultiProcessorCount = 16,
+  kComputeCapabilityMajor = 75,
+  kComputeCapabilityMinor = 76,
+  kMaxSharedMemoryPerBlockOptin = 97,
+  kMaxDynamicSharedMemorySize = 8
+};
 
 typedef struct {
   unsigned x, y, z;
@@ -27,14 +33,17 @@ typedef void (*AllocationHook)(void* data, size_t bytes);
 
 static LaunchHook launch_hook;
 static AllocationHook allocation_hook;
-static int multiprocessors, shared_bytes;
+static int multiprocessors, shared_bytes, capability;
 static int last_error;
 
-void emulated_device(LaunchHook launch, AllocationHook allocation, int processors, int shared) {
+/* ten_times: the compute capability */
+void emulated_device(LaunchHook launch, AllocationHook allocation, int processors, int shared,
+                     int ten_times) {
   launch_hook = launch;
   allocation_hook = allocation;
   multiprocessors = processors;
   shared_bytes = shared;
+  capability = ten_times;
 }
 
 /* The code under test reports its own allocations. */
@@ -141,6 +150,10 @@ int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   (void)device;
   if (attribute == kMultiProcessorCount)
     *value = multiprocessors;
+  else if (attribute == kComputeCapabilityMajor)
+    *value = capability / 10;
+  else if (attribute == kComputeCapabilityMinor)
+    *value = capability % 10;
   else if (attribute == kMaxSharedMemoryPerBlockOptin)
     *value = shared_bytes;
   else

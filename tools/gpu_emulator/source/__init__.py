@@ -104,7 +104,8 @@ def build(
     plain = _translate(directory / "csrc/cuda")
     edited = _translate(directory / f"csrc_{name}/cuda", edit) if edit else plain
     command = [
-        *compiler(), "-std=c++20", "-O0", "-g1", "-fPIC", "-fno-strict-aliasing", f"-I{HERE}", "-c",
+        *compiler(), "-std=c++20", "-O0", "-g1", "-fPIC", "-fno-strict-aliasing",
+        "-DMOELORA_SM_90A", f"-I{HERE}", "-c",
     ]  # fmt: skip
 
     def compile_kernels(source: Path) -> Path:
@@ -144,7 +145,7 @@ def _translate(to: Path, edit: Edit | None = None) -> Path:
             assert text.count(edit.old) == 1, f"{edit}: it is there {text.count(edit.old)} times"
             text = text.replace(edit.old, edit.new)
         text = re.sub(
-            r"extern __shared__ __align__\(16\) char (\w+)\[\];",
+            r"extern __shared__ __align__\(\d+\) char (\w+)\[\];",
             r"char* \1 = emulated::shared_memory();",
             text,
         )

@@ -33,7 +33,12 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 
@@ -49,7 +54,8 @@ cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int
 
 namespace emulated {
 
-// `shared` bytes, 16-byte aligned, of the block that runs.
+// `shared` bytes of the block that runs, at a multiple of kSharedAlignment.
+constexpr size_t kSharedAlignment = 1024;
 char* shared_memory();
 
 // Runs `thread` for every thread of every block.
@@ -91,8 +97,22 @@ struct Copy {
 bool lands_at_once();
 void copy_later(const Copy& copy);
 void end_group();
-// The next copy that waiting for all but `pending` groups takes, if there is one.
+// The next copy that waiting for all but `pending` groups takes, if there is one; -1: the group
+// that has not ended too.
 bool next_due(int pending, Copy* copy);
+
+// A thread's share of a warp group's product, [16 rows of its warp, 8 tiles], in the background
+// likewise: operands are read and sums written when it lands.
+struct Product {
+  float (*sums)[4];  // [tiles]
+  int tiles;
+  const char *a, *b;
+  bool add;
+  void (*land)(const Product& product);
+};
+void multiply_later(const Product& product);
+void end_product_group();
+bool next_due(int pending, Product* product);
 
 }  // namespace emulated
 

@@ -85,6 +85,25 @@ struct Meeting {
   char brought[2][kWarp][kMostBrought];
 };
 
+// What a thread has begun and not yet waited for, in groups.
+template <class Item>
+struct Background {
+  struct Pending {
+    Item item;
+    int group;
+  };
+  std::deque<Pending> items;
+  int group = 0;
+
+  void add(const Item& item) { items.push_back({item, group}); }
+  bool next_due(int pending, Item* item) {
+    if (items.empty() || items.front().group >= group - pending) return false;
+    *item = items.front().item;
+    items.pop_front();
+    return true;
+  }
+};
+
 struct Fibre {
   uint3 index;
   void* registers = nullptr;  // its stack pointer; the rest is on the stack
@@ -92,12 +111,8 @@ struct Fibre {
   void *address_sanitizer = nullptr, *thread_sanitizer = nullptr;
   bool started = false, done = false;
   const char* waits_for = nullptr;
-  struct Pending {
-    Copy copy;
-    int group;
-  };
-  std::deque<Pending> copies;
-  int group = 0;
+  Background<Copy> copies;
+  Background<Product> products;
 };
 
 struct Scheduler {
@@ -253,8 +268,10 @@ void run_block(dim3 dimensions, size_t shared) {
   Block here;
   here.fibres.resize(threads);
   here.warps.resize(threads / kWarp);
-  here.shared.reset(static_cast<char*>(std::malloc(shared)));
-  if (shared) memset(here.shared.get(), 0xFF, shared);
+  void* memory = nullptr;
+  if (shared && posix_memalign(&memory, kSharedAlignment, shared)) throw std::bad_alloc();
+  here.shared.reset(static_cast<char*>(memory));
+  if (shared) memset(memory, 0xFF, shared);
   const Stacks stacks(threads);
   for (size_t i = 0; i < threads; ++i) {
     here.fibres[i].index = {static_cast<unsigned>(i), 0, 0};
@@ -316,15 +333,12 @@ void meet(const char* operation, const void* mine, size_t size, void* all, bool 
 }
 
 bool lands_at_once() { return seed && generator() % 2; }
-void copy_later(const Copy& copy) { fibre->copies.push_back({copy, fibre->group}); }
-void end_group() { ++fibre->group; }
-bool next_due(int pending, Copy* copy) {
-  auto& copies = fibre->copies;
-  if (copies.empty() || copies.front().group >= fibre->group - pending) return false;
-  *copy = copies.front().copy;
-  copies.pop_front();
-  return true;
-}
+void copy_later(const Copy& copy) { fibre->copies.add(copy); }
+void end_group() { ++fibre->copies.group; }
+bool next_due(int pending, Copy* copy) { return fibre->copies.next_due(pending, copy); }
+void multiply_later(const Product& product) { fibre->products.add(product); }
+void end_product_group() { ++fibre->products.group; }
+bool next_due(int pending, Product* product) { return fibre->products.next_due(pending, product); }
 
 }  // namespace emulated
 
@@ -339,8 +353,12 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulated::multiprocessors
-                                                       : emulated::shared_bytes;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = emulated::multiprocessors; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulated::shared_bytes; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+  }
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {

@@ -1,6 +1,6 @@
 // Twins of the wrappers in csrc/cuda/ptx.cuh, which this file replaces: what each instruction does,
-// in C++.  What an instruction reads or writes is touched in this file, which sanitizers see, and by
-// the lane that names it.
+// in C++.  What an instruction reads or writes is touched in this file, which sanitizers see, and
+// by the lane that names it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -65,6 +65,60 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
       c[i] += static_cast<float>(row.a[k / 8 * 2 + i / 2][k % 2]) *
               static_cast<float>(column.b[k / 8][k % 2]);
     }
+}
+
+// ---------------------------------------------------------------- compute capability 9.0 alone
+
+constexpr bool kHasWgmma = true;
+
+// Memory has one view here: a missing fence is not found.
+inline void fence_async_proxy() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emulated::end_product_group(); }
+
+// The element of an operand's row, of which `tile` says where column 0 is.
+template <class T>
+float swizzled(const char* tile, int row, int column) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(tile) + row * 128 + column * sizeof(T);
+  return static_cast<float>(*reinterpret_cast<const T*>(at ^ (at >> 7 & 7) << 4));
+}
+template <class T>
+void land(const emulated::Product& p) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
+  float a[2][16];
+  for (int i = 0; i < 2; ++i)
+    for (int k = 0; k < 16; ++k) a[i][k] = swizzled<T>(p.a, 16 * warp + g + 8 * i, k);
+  for (int j = 0; j < p.tiles; ++j)
+    for (int c = 0; c < 2; ++c) {
+      float product[2] = {};
+      for (int k = 0; k < 16; ++k) {
+        const float b = swizzled<T>(p.b, 8 * j + 2 * q + c, k);
+        for (int i = 0; i < 2; ++i) product[i] += a[i][k] * b;
+      }
+      for (int i = 0; i < 2; ++i) {
+        float& sum = p.sums[j][2 * i + c];
+        sum = (p.add ? sum : 0) + product[i];
+      }
+    }
+}
+template <class T>
+void wgmma(float (&c)[24][4], const T* a, const T* b, bool add) {
+  const emulated::Product mine = {
+      c, 24, reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(b), add, land<T>};
+  struct Same {
+    const char *a, *b;
+    bool add;
+  };
+  for (const Same& other : emulated::meet("wgmma", Same{mine.a, mine.b, add}).lane)
+    if (other.a != mine.a || other.b != mine.b || other.add != add)
+      emulated::fault("wgmma: lanes disagree on its operands");
+  emulated::multiply_later(mine);
+  if (!emulated::lands_at_once()) return;
+  for (emulated::Product product; emulated::next_due(-1, &product);) product.land(product);
+}
+template <int kPending, int kTiles>
+void wgmma_wait(float (&)[kTiles][4]) {
+  for (emulated::Product product; emulated::next_due(kPending, &product);) product.land(product);
 }
 
 }  // namespace moelora::cuda::ptx
