@@ -38,8 +38,12 @@ BACKENDS = ("cuda", "triton")
 SOURCES = ("csrc", "moelora_ops", "tests", "tools", "benchmarks", "setup.py")
 TESTS = {
     "device": ["tests/test_gpu.py"],
-    "both": ["tests/test_gpu_products.py", "tests/test_gpu_mixes.py"],
-    "triton": ["tests/test_triton.py", "tests/test_triton_grouped.py"],
+    "both": [
+        "tests/test_gpu_products.py",
+        "tests/test_gpu_mixes.py",
+        "tests/test_gpu_grouped.py",
+    ],
+    "triton": ["tests/test_triton.py"],
     "cuda": ["tests/test_cuda.py"],
 }
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")

@@ -2,23 +2,34 @@
 // cuda/kernels.h, launch.  Arguments were validated in Python (moelora_ops/functional); what is
 // checked here would corrupt memory.
 
-#include "bindings_cuda_common.h"
-#include "bindings_topk.h"
+#include "bindings_cuda_grouped.h"
 
 namespace {
 
 using namespace moelora::tensors;
 namespace cuda = moelora::cuda;
 
-void fill_common(cuda::Topk& p, const TopkSizes& n, double scale, bool renormalize, double dropout,
-                 bool stacked) {
+TopkSizes sizes_of(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,
+                   const Tensor& router, int64_t top_k, bool stacked) {
+  TopkSizes n = check_topk(x, lora_down, lora_up, router, top_k, stacked);
+  n.segments = !stacked;
+  STD_TORCH_CHECK(stacked || n.T <= INT32_MAX / n.k, "x: wanted at most ", INT32_MAX / n.k,
+                  " tokens, got ", n.T);
+  return n;
+}
+
+// Without `mixed`.
+cuda::Topk topk_of(const TopkSizes& n, const Tensor& saved, double scale, bool renormalize,
+                   double dropout) {
+  cuda::Topk p = {};
   p.E = n.E;
   p.r = n.r;
   p.k = n.k;
-  p.stacked = stacked;
   p.renormalize = renormalize;
   p.scale = scale;
   p.inv_keep = 1 / (1 - dropout);
+  point_into_saved(p, n, saved);
+  return p;
 }
 
 std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& lora_down,
@@ -28,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& l
                                                 int64_t top_k, double scale, bool renormalize,
                                                 double dropout, bool dropout_per_expert,
                                                 bool stacked, bool accumulate) {
-  const TopkSizes n = check_topk(x, lora_down, lora_up, router, top_k, stacked);
+  const TopkSizes n = sizes_of(x, lora_down, lora_up, router, top_k, stacked);
   const int R = n.E * n.r;
   check_output(y, x, n.N, "y");
   check_bias(bias, x, n.N);
@@ -45,11 +56,15 @@ std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& l
     return {saved, counts, prob_sums};
   }
 
+  const cuda::Topk common = topk_of(n, saved, scale, renormalize, dropout);
+  if (!stacked) {
+    const Grouped grouped = {call, n, x, lora_down, lora_up, router, common, masks};
+    grouped_forward(grouped, bias, y, accumulate, saved, counts, prob_sums);
+    return {saved, counts, prob_sums};
+  }
   cuda::Shrink shrink = {
       n.T, n.K, read(x), n.ldx, {read(lora_down), read(router), R, n.r, n.E}, masks, nullptr};
-  cuda::TopkForward mix = {};
-  fill_common(mix, n, scale, renormalize, dropout, stacked);
-  point_into_saved(mix, n, saved);
+  cuda::TopkForward mix = {common};
 
   Workspace workspace;
   const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix);
@@ -87,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
     const std::optional<Tensor>& dprob_sums, const Tensor& dx, int64_t top_k, double scale,
     bool renormalize, double dropout, bool dropout_per_expert, bool stacked, bool accumulate,
     bool need_dx, bool need_dparams) {
-  const TopkSizes n = check_topk(x, lora_down, lora_up, router, top_k, stacked);
+  const TopkSizes n = sizes_of(x, lora_down, lora_up, router, top_k, stacked);
   const int R = n.E * n.r;
   check_output(dy, x, n.N, "dy");
   if (need_dx) check_like(dx, x, shape_of(x), "dx");
@@ -111,11 +126,16 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
     return {dlora_down, dlora_up, drouter};
   }
 
+  const cuda::Topk common = topk_of(n, saved, scale, renormalize, dropout);
+  if (!stacked) {
+    const Grouped grouped = {call, n, x, lora_down, lora_up, router, common, masks};
+    grouped_backward(grouped, dy, saved, dprob_sums, need_dx ? &dx : nullptr, accumulate,
+                     need_dparams, dlora_down, dlora_up, drouter);
+    return {dlora_down, dlora_up, drouter};
+  }
   cuda::Shrink shrink = {n.T, n.N,    read(dy), dy_rows.stride, {read(lora_up), nullptr, R, n.r, 0},
                          {},  nullptr};
-  cuda::TopkBackward mix = {};
-  fill_common(mix, n, scale, renormalize, dropout, stacked);
-  point_into_saved(mix, n, saved);
+  cuda::TopkBackward mix = {common};
   mix.dprob_sums = read(dprob_sums);
   const int64_t ldm = cuda::padded(R), ldg = cuda::padded(R + n.E);
   cuda::Outer outer = {};

@@ -8,10 +8,14 @@ namespace moelora::tensors {
 
 struct TopkSizes {
   int64_t T, K, N, ldx;
-  int E, r, k, kept;  // kept: experts of a token that have a hidden
+  int E, r, k, kept;      // kept: experts of a token that have a hidden
+  bool segments = false;  // saved: with the order of the pairs by expert, and where each begins
 
   // Elements of the accumulator type; moelora_ops/ops.py says the same.
-  int64_t saved() const { return T * (static_cast<int64_t>(kept) * r + E + 2 * k); }
+  int64_t saved() const {
+    return behind_choices() + (segments ? T * k + static_cast<int64_t>(E) * k + 1 : 0);
+  }
+  int64_t behind_choices() const { return T * (static_cast<int64_t>(kept) * r + E + 2 * k); }
 };
 
 inline TopkSizes check_topk(const Tensor& x, const Tensor& lora_down, const Tensor& lora_up,

@@ -143,13 +143,16 @@ def topk_saved_size(
     """Elements of `saved`: hidden, logits, weights and selected (int32 bits), one after the other.
 
     One allocation instead of four: right after a large GEMM, when caches are cold, each costs more
-    than the routing of a token.  Of the choices, Triton's stacked kernels keep the last alone;
-    its grouped ones keep beside them their order by expert, and where each expert's slots begin.
+    than the routing of a token.  Of the choices, Triton's stacked kernels keep the last alone; the
+    grouped ones of a GPU keep beside them their order by expert, and where each expert's slots
+    begin.
     """
     rows = num_experts if stacked else top_k
     choices, begins = 2 * top_k, 0
-    if backend == "triton":
-        choices, begins = (1, 0) if stacked else (3 * top_k, num_experts * top_k + 1)
+    if backend == "triton" and stacked:
+        choices = 1
+    elif backend != "cpu" and not stacked:
+        choices, begins = 3 * top_k, num_experts * top_k + 1
     return tokens * (rows * rank + num_experts + choices) + begins
 
 

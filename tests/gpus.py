@@ -15,8 +15,9 @@ def make_gpu(backend: str, request):
     """Makes a GPU that `backend` runs on, which takes CPU tensors meanwhile.
 
     Returns:
-        A function of arch, the compute capability of an emulated one (80 or 90), and of its number
-        of multiprocessors: few of them, if tiles are to be chosen as for many tokens.
+        A function of arch, the compute capability of an emulated one (80 or 90), of its number of
+        multiprocessors: few of them, if tiles are to be chosen as for many tokens; and of seed,
+        from which the order is drawn in which it runs blocks and warps.
     """
     if WHY_MISSING[backend]:
         pytest.skip(WHY_MISSING[backend])
@@ -25,8 +26,8 @@ def make_gpu(backend: str, request):
     make = cuda_gpu.make_gpu(request)
 
     @contextlib.contextmanager
-    def gpu(arch=90, multiprocessors=None):
-        emulated = make("90a" if arch == 90 else str(arch), multiprocessors or 132)
+    def gpu(arch=90, multiprocessors=None, **options):
+        emulated = make("90a" if arch == 90 else str(arch), multiprocessors or 132, **options)
         with devices.on_cpu_tensors("cuda"), emulated as device:
             yield device
 

@@ -20,8 +20,8 @@ from tools.gpu_emulator.source import Edit
 
 RUNS = Path(__file__).with_name("cuda_source_runs.py")
 CASES = (
-    "fused", "split", "walk", "double", "gated", "grid", "averaged", "merged", "output gate",
-    "wgmma",
+    "fused", "split", "grouped", "walk", "double", "gated", "grid", "averaged", "merged",
+    "output gate", "wgmma",
 )  # fmt: skip
 SEEDS = (1, 2, 3)
 

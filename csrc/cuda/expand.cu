@@ -42,11 +42,10 @@ void launch_expand(DType dtype, const Expand& p, void* stream) {
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using S = ExpandTile<T>;
-    constexpr int kBlocksPerMultiprocessor = 2;
     const int64_t strips = ceil_div<int64_t>(p.columns, S::kColumns);
     const int64_t tiles = ceil_div<int64_t>(p.T, S::kTokens);
     // Long walks read the rows less often; but every multiprocessor should have its blocks.
-    const int64_t blocks = int64_t{kBlocksPerMultiprocessor} * current_device().multiprocessors;
+    const int64_t blocks = int64_t{kExpandBlocks} * current_device().multiprocessors;
     const int64_t per_walk = ceil_div(
         tiles,
         std::clamp<int64_t>(blocks / std::max<int64_t>(strips * p.batch.count, 1), 1, tiles));

@@ -6,6 +6,8 @@
 
 namespace moelora::cuda {
 
+constexpr int kExpandBlocks = 2;  // per multiprocessor
+
 template <class T>
 struct ExpandTile {
   using A = acc_t<T>;
@@ -123,10 +125,10 @@ __device__ __forceinline__ void add_statistics(const Statistics& s) {
       for (int i = 0; i < kSums; ++i) {
         if (b0 + i >= s.blocks) continue;
         sums[i] += static_cast<const A*>(s.prob_partials)[(b0 + i) * s.E + e];
-        count += s.count_partials[(b0 + i) * s.E + e];
+        if (s.counts) count += s.count_partials[(b0 + i) * s.E + e];
       }
     static_cast<A*>(s.prob_sums)[e] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    s.counts[e] = count;
+    if (s.counts) s.counts[e] = count;
   }
 }
 

@@ -107,7 +107,7 @@ struct Statistics {
   int64_t blocks;                 // 0: nothing to do
   int E;
   void* prob_sums;  // A [E]
-  int64_t* counts;  // [E]
+  int64_t* counts;  // [E]; null if not wanted
 };
 
 // y[t] = (bias or y[t]) + mask ⊙ Σ_c h[t, c] row_c.  No 1 / (1 - p).
@@ -213,16 +213,13 @@ struct Table {
 
 struct Topk {
   int E, r, k;
-  bool stacked;  // hidden has all experts, not the selected ones
   bool renormalize;
   double scale, inv_keep;
-  void* hidden;       // A [T, kept() * r]
+  void* hidden;       // A [T, R]
   void* logits;       // A [T, E]
   void* weights;      // A [T, k]
   int32_t* selected;  // [T, k]
   void* mixed;        // [T, padded(R)]: H'; null if not wanted
-
-  MOELORA_HD int kept() const { return stacked ? E : k; }
 };
 struct TopkForward : Topk {
   void* prob_partials;      // A [mix_blocks, E]
@@ -243,6 +240,43 @@ void launch_decode(DType dtype, const Shrink& shrink, const TopkForward& mix,
                    const ShrinkPlan& plan, const Expand& expand, void* stream);
 // From dy to the coefficients of every gradient.
 void launch_mix(DType dtype, const Shrink& p, const TopkBackward& mix, const ShrinkPlan& plan,
+                void* stream);
+
+// The same mix by segments: an expert meets the tokens that chose it.  hidden and H' are those of a
+// token's k experts, and rows.R of each product is r, for E experts one after the other.
+
+// From x to the choices, by the router's rows alone; count_partials are [mix_blocks, k, E].
+struct TopkRouting : TopkForward {};
+int64_t row_bytes(DType dtype, const TopkRouting& mix);
+void launch_mix(DType dtype, const Shrink& p, const TopkRouting& mix, const ShrinkPlan& plan,
+                void* stream);
+// From the choices to segments and to counts [E].
+void launch_sort(const TopkRouting& p, int64_t T, const ShrinkPlan& plan, const Segments& segments,
+                 int64_t* counts, void* stream);
+
+// The sums of a shrink by segments.
+struct SegmentSums {
+  void* hidden;  // A [T, k, r]: inv_keep times them
+  double inv_keep;
+  void* mixed;          // [T, k, padded(r)]: hidden times scale and weights; null if not wanted
+  const void* weights;  // A [T, k]
+  double scale;
+};
+void launch_shrink_segments(DType dtype, const Shrink& p, const Segments& segments,
+                            const SegmentSums& to, void* stream);
+// A launch for each slot: the first writes the tokens of y as p says, the others add to them.
+//   p.h  the first slot's coefficients;  h [T, k, padded(r)], of the other slots
+void launch_expand_segments(DType dtype, const Expand& p, const Segments& segments, const void* h,
+                            void* stream);
+
+struct GroupedBackward : Topk {  // hidden A [T, k, r], mixed [T, k, padded(r)]
+  const void* dprob_sums;        // A [E] or null
+  void* dhidden;                 // [T, k, padded(r)]
+  void* first;                   // [T, padded(r + E)]: dhidden of the first slot | dlogits; or null
+  void* dlogits;                 // [T, padded(E)] or null
+};
+//   dmixed  A [T, k, r]: a shrink of dy
+void launch_mix(DType dtype, int64_t T, const void* dmixed, const GroupedBackward& mix,
                 void* stream);
 
 struct Gated {

@@ -55,6 +55,17 @@ struct Fused {
 
 constexpr int kMixWarps = 4;
 
+// Of a block, so that every multiprocessor has one.
+//   row_bytes  what the mix keeps of one token in shared memory
+inline int mix_tokens(int64_t T, int64_t row_bytes, Device device) {
+  const int64_t most = std::min<int64_t>(device.shared_bytes / row_bytes, 64);
+  if (most == 0)
+    throw std::runtime_error("experts: " + std::to_string(row_bytes) +
+                             " bytes of a token are more than a block's shared memory holds");
+  return static_cast<int>(std::clamp<int64_t>(ceil_div<int64_t>(T, device.multiprocessors),
+                                              std::min<int64_t>(kMixWarps, most), most));
+}
+
 // The mix of n tokens from t0 on, from partial sums [parts, T, columns].
 template <class A, class Mix>
 __device__ __forceinline__ void mix_parts(const A* partials, int parts, int64_t T, int columns,

@@ -57,14 +57,7 @@ void plan_mix(const Shrink& p, int64_t row_bytes, Device device, ShrinkPlan& pla
   const bool enough = 2 * ceil_div(p.T, tokens) >= device.multiprocessors;
   plan.fused = enough && p.batch.count == 1 && p.rows.count() <= ShrinkTile<T>::kColumns &&
                kFusable<T> && !p.masks.seed && tokens * row_bytes <= device.shared_bytes;
-  const int64_t most = std::min<int64_t>(device.shared_bytes / row_bytes, 64);
-  if (most == 0)
-    throw std::runtime_error("experts: E * r = " + std::to_string(p.rows.R) +
-                             " is more than a block's shared memory holds");
-  plan.mix_tokens = static_cast<int>(
-      plan.fused ? tokens
-                 : std::clamp<int64_t>(ceil_div<int64_t>(p.T, device.multiprocessors),
-                                       std::min<int64_t>(kMixWarps, most), most));
+  plan.mix_tokens = plan.fused ? static_cast<int>(tokens) : mix_tokens(p.T, row_bytes, device);
   plan.mix_blocks = ceil_div<int64_t>(p.T, plan.mix_tokens);
   constexpr int kFewTokens = 32;
   plan.few = !plan.fused && p.T <= std::min<int64_t>(kFewTokens, device.shared_bytes / row_bytes) &&

@@ -1,7 +1,7 @@
 // The topk mix behind a shrink: of x forward, of dy backward.  The mathematics of a token is that
 // of mix/topk.h; here a thread takes a row for what is serial, and a warp a row for what is wide.
 #include "cuda/decode.cuh"
-#include "mix/topk.h"
+#include "cuda/topk.cuh"
 
 namespace moelora::cuda {
 namespace {
@@ -10,18 +10,17 @@ namespace {
 //   gates [E]: weight of each expert; slots [E]: where a token's choice of it stands, or -1
 template <class A>
 struct Scratch {
-  A *gates, *probs, *dprobs, *dlogits, *weights, *dweights;
+  A *gates, *probs, *dlogits, *weights, *dweights;
   int32_t *slots, *selected;
 
   static __host__ __device__ constexpr int size(int E, int k) { return odd(5 * E + 3 * k); }
   __device__ Scratch(A* scratch, int row, int E, int k) {
     gates = scratch + row * size(E, k);
-    probs = gates + E;
-    dprobs = probs + E;
-    dlogits = dprobs + E;
+    probs = gates + E;  // with what follows, the scratch of topk_backward_row
+    weights = probs + 2 * E;
+    dlogits = weights + k;
     slots = reinterpret_cast<int32_t*>(dlogits + E);
-    weights = dlogits + 2 * E;
-    dweights = weights + k;
+    dweights = dlogits + 2 * E;
     selected = reinterpret_cast<int32_t*>(dweights + k);
   }
   __device__ void choose(const Topk& p, const int32_t* selected, const A* weights) {
@@ -69,32 +68,15 @@ struct ForwardMix {
                        A* scratch) const {
     const int E = p.E, r = p.r, k = p.k, R = E * r;
     const auto row_scratch = [&](int row) { return Scratch<A>(scratch, row, E, k); };
+    save_routing(p, block, t0, n, tile + R, pitch, row_scratch);
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
-      A sum = 0;
       int32_t count = 0;
-      for (int row = 0; row < n; ++row) {
-        const Scratch<A> s = row_scratch(row);
-        sum += s.probs[e];
-        count += s.slots[e] >= 0;
-      }
-      static_cast<A*>(p.prob_partials)[block * E + e] = sum;
+      for (int row = 0; row < n; ++row) count += row_scratch(row).slots[e] >= 0;
       p.count_partials[block * E + e] = count;
     }
-
     const A inv_keep = static_cast<A>(p.inv_keep);
-    for_each(n, k, [&](int row, int s) {
-      const Scratch<A> scratch_row = row_scratch(row);
-      static_cast<A*>(p.weights)[(t0 + row) * k + s] = scratch_row.weights[s];
-      p.selected[(t0 + row) * k + s] = scratch_row.selected[s];
-    });
-    for_each(n, E, [&](int row, int e) {
-      static_cast<A*>(p.logits)[(t0 + row) * E + e] = tile[row * pitch + R + e];
-    });
-    const int kept = p.kept() * r;
-    for_each(n, kept, [&](int row, int c) {
-      const int e = p.stacked ? c / r : row_scratch(row).selected[c / r];
-      static_cast<A*>(p.hidden)[(t0 + row) * kept + c] =
-          inv_keep * tile[row * pitch + e * r + c % r];
+    for_each(n, R, [&](int row, int c) {
+      static_cast<A*>(p.hidden)[(t0 + row) * R + c] = inv_keep * tile[row * pitch + c];
     });
   }
 };
@@ -107,24 +89,24 @@ struct BackwardMix {
   // tile [n, pitch]: dH' without the scale
   __device__ void operator()(int64_t, int64_t t0, int n, const A* tile, int pitch,
                              A* scratch) const {
-    const int E = p.E, r = p.r, k = p.k, R = E * r, kept = p.kept();
-    const A* hidden = static_cast<const A*>(p.hidden) + t0 * kept * r;
+    const int E = p.E, r = p.r, k = p.k, R = E * r;
+    const A* hidden = static_cast<const A*>(p.hidden) + t0 * R;
     const A* weights = static_cast<const A*>(p.weights) + t0 * k;
     const int32_t* selected = p.selected + t0 * k;
     const auto row_scratch = [&](int row) { return Scratch<A>(scratch, row, E, k); };
-    const auto slot_of = [&](int e, int s) { return p.stacked ? e : s; };
 
     for (int i = threadIdx.x; i < n * k; i += blockDim.x) {
       const int row = i / k, e = selected[i];
-      row_scratch(row).dweights[i % k] =
-          dweight_row(tile + row * pitch + e * r, hidden + (row * kept + slot_of(e, i % k)) * r, r,
-                      static_cast<A>(p.scale));
+      row_scratch(row).dweights[i % k] = dweight_row(
+          tile + row * pitch + e * r, hidden + row * R + e * r, r, static_cast<A>(p.scale));
     }
     __syncthreads();
     for (int row = threadIdx.x; row < n; row += blockDim.x) {
       Scratch<A> s = row_scratch(row);
       s.choose(p, selected + row * k, weights + row * k);
-      mix_backward(s, t0 + row, weights + row * k, selected + row * k);
+      topk_backward_row(static_cast<const A*>(p.logits) + (t0 + row) * E, weights + row * k,
+                        selected + row * k, s.dweights, static_cast<const A*>(p.dprob_sums), E, k,
+                        p.renormalize, s.probs, s.dlogits);
     }
     __syncthreads();
 
@@ -143,31 +125,10 @@ struct BackwardMix {
     if (!p.mixed) return;
     for_each(n, ldm, [&](int row, int c) {
       const Scratch<A> s = row_scratch(row);
-      const int slot = c < R ? s.slots[c / r] : -1;
-      A value = 0;
-      if (slot >= 0)
-        value = s.gates[c / r] * hidden[(row * kept + slot_of(c / r, slot)) * r + c % r];
-      static_cast<T*>(p.mixed)[(t0 + row) * ldm + c] = static_cast<T>(value);
+      const bool chosen = c < R && s.slots[c / r] >= 0;
+      static_cast<T*>(p.mixed)[(t0 + row) * ldm + c] =
+          static_cast<T>(chosen ? s.gates[c / r] * hidden[row * R + c] : A(0));
     });
-  }
-
- private:
-  // dlogits of one token.
-  __device__ void mix_backward(Scratch<A>& s, int64_t t, const A* weights,
-                               const int32_t* selected) const {
-    const int E = p.E, k = p.k;
-    for (int e = 0; e < E; ++e) s.dlogits[e] = 0;
-    if (p.renormalize) {
-      topk_backward_selected(weights, s.dweights, k, s.weights);
-      for (int i = 0; i < k; ++i) s.dlogits[selected[i]] = s.weights[i];
-      if (!p.dprob_sums) return;
-    }
-    const A* dsums = static_cast<const A*>(p.dprob_sums);
-    for (int e = 0; e < E; ++e) s.dprobs[e] = dsums ? dsums[e] : A(0);
-    if (!p.renormalize)
-      for (int i = 0; i < k; ++i) s.dprobs[selected[i]] += s.dweights[i];
-    softmax_row(static_cast<const A*>(p.logits) + t * E, E, s.probs);
-    softmax_backward_row(s.probs, s.dprobs, E, s.dlogits);
   }
 };
 

@@ -60,4 +60,27 @@ MOELORA_HD void topk_backward_selected(const A* weights, const A* dweights, int 
   for (int s = 0; s < k; ++s) dlogits[s] = weights[s] * (dweights[s] - mean);
 }
 
+// The gradient of one token's logits.
+//   logits     [E];  weights, selected, dweights [k], one per slot
+//   dprob_sums [E] or null
+//   scratch    [2 E + k]
+//   dlogits    [E] out
+template <class A>
+MOELORA_HD void topk_backward_row(const A* logits, const A* weights, const int32_t* selected,
+                                  const A* dweights, const A* dprob_sums, int E, int k,
+                                  bool renormalize, A* scratch, A* dlogits) {
+  A *probs = scratch, *dprobs = probs + E, *chosen = dprobs + E;
+  for (int e = 0; e < E; ++e) dlogits[e] = 0;
+  if (renormalize) {
+    topk_backward_selected(weights, dweights, k, chosen);
+    for (int s = 0; s < k; ++s) dlogits[selected[s]] = chosen[s];
+    if (!dprob_sums) return;
+  }
+  for (int e = 0; e < E; ++e) dprobs[e] = dprob_sums ? dprob_sums[e] : A(0);
+  if (!renormalize)
+    for (int s = 0; s < k; ++s) dprobs[selected[s]] += dweights[s];
+  softmax_row(logits, E, probs);
+  softmax_backward_row(probs, dprobs, E, dlogits);
+}
+
 }  // namespace moelora

@@ -9,7 +9,7 @@ import torch
 # Back end -> the paths that it has.
 PATHS = {
     "cpu": ("stacked", "grouped"),
-    "cuda": ("stacked", "decode"),
+    "cuda": ("stacked", "grouped", "decode"),
     "triton": ("stacked", "grouped", "decode"),
 }
 # Most tokens of the decode path.
@@ -72,8 +72,6 @@ def is_stacked(
     """
     if strategy != "auto":
         return strategy == "stacked"
-    if "grouped" not in PATHS[backend]:
-        return True
     if backend == "cpu":
         return 8 * top_k > 7 * num_experts
     rows = num_experts * rank
