@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import Shape, assert_within_budget, make_inputs, reference_run, run
-from gpus import make_gpu, names
+from gpus import make_gpu, names, opcheck
 
 from moelora_ops import functional, ops
 from moelora_ops.backends import extension
@@ -298,12 +298,12 @@ def backward_arguments(inputs, saved, prob_sums):
 
 
 def test_opcheck(gpu, backend):
-    inputs, operators = make_inputs(STANDARD, BF16), ops.of(backend)
-    with gpu(90):
+    inputs = make_inputs(STANDARD, BF16)
+    with gpu(90) as device:
         arguments = operator_arguments(inputs)
-        torch.library.opcheck(operators.topk_forward, arguments)
-        saved, _, prob_sums = operators.topk_forward(*arguments)
-        torch.library.opcheck(operators.topk_backward, backward_arguments(inputs, saved, prob_sums))
+        opcheck(device, backend, "topk_forward", arguments)
+        saved, _, prob_sums = ops.of(backend).topk_forward(*arguments)
+        opcheck(device, backend, "topk_backward", backward_arguments(inputs, saved, prob_sums))
 
 
 def test_backward_called_directly_does_not_leave_its_memory(gpu, backend):

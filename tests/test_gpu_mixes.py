@@ -7,9 +7,8 @@ import contextlib
 
 import pytest
 import torch
-from gpus import make_gpu, names
+from gpus import make_gpu, names, opcheck
 from mixes import MIXES, SIZES, Size, assert_within_budget, make_inputs, recorded_calls, run
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_ops import ops
 from moelora_ops.backends import extension
@@ -378,31 +377,6 @@ def calls_of(gpu, backend, name, variant, lead=(20,)):
     return _calls[key]
 
 
-# The emulator cannot know the memory of calls that come from a compiled graph.
-OPCHECKS = {
-    "cuda": ("test_schema", "test_autograd_registration", "test_faketensor"),
-    "triton": "ALL",
-}
-
-
-class KnownMemory(TorchDispatchMode):
-    """Tells the emulator of the memory that an operator is called with by someone else."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device = device
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == ops.NAMESPACES["cuda"]:
-            self.device.take(args)
-        return func(*args, **(kwargs or {}))
-
-
-def known_memory(device):
-    """Triton's launchers name the memory themselves, and a real device needs no names."""
-    return KnownMemory(device) if hasattr(device, "take") else contextlib.nullcontext()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("name", "variant", "lead"),
@@ -418,10 +392,9 @@ def known_memory(device):
 )
 def test_opcheck(gpu, backend, name, variant, lead):
     calls = calls_of(gpu, backend, name, variant, lead)
-    with gpu(90) as device, known_memory(device):
+    with gpu(90) as device:
         for direction, arguments in zip(("forward", "backward"), calls, strict=True):
-            packet = getattr(getattr(torch.ops, ops.NAMESPACES[backend]), f"{name}_{direction}")
-            torch.library.opcheck(packet.default, arguments, test_utils=OPCHECKS[backend])
+            opcheck(device, backend, f"{name}_{direction}", arguments)
 
 
 # Where the operators' arguments are.
