@@ -13,8 +13,8 @@ TopkSizes sizes_of(const Tensor& x, const Tensor& lora_down, const Tensor& lora_
                    const Tensor& router, int64_t top_k, bool stacked) {
   TopkSizes n = check_topk(x, lora_down, lora_up, router, top_k, stacked);
   n.segments = !stacked;
-  STD_TORCH_CHECK(stacked || n.T <= INT32_MAX / n.k, "x: wanted at most ", INT32_MAX / n.k,
-                  " tokens, got ", n.T);
+  const int64_t most = INT32_MAX / n.k;  // grouped, a pair of a token and a slot is an int32
+  STD_TORCH_CHECK(stacked || n.T <= most, "x: wanted at most ", most, " tokens, got ", n.T);
   return n;
 }
 

@@ -320,3 +320,11 @@ def test_backward_called_directly_does_not_leave_its_memory(gpu, backend):
             with pytest.raises(RuntimeError, match=name):
                 operators.topk_backward(*good[:position], bad, *good[position + 1 :])
         assert not device.launches
+
+
+def test_more_pairs_than_an_int32_counts_are_refused(gpu, backend):
+    inputs = make_inputs(STANDARD, BF16)
+    x, y = (t[:1].expand(2**30, -1) for t in (inputs.x, inputs.dy))
+    with gpu(90) as device, pytest.raises(RuntimeError, match="x: wanted at most 1073741823"):
+        ops.of(backend).topk_forward(*operator_arguments(inputs._replace(x=x), y=y))
+    assert not device.launches

@@ -237,8 +237,7 @@ class TopkKernels {
   static void mix_backward(const TopkBackward& p, int64_t t, const A* dhidden_out) {
     static thread_local std::vector<A> scratch;
     scratch.resize(2 * p.k + 2 * p.E);
-    A *dweights = scratch.data(), *dchosen = dweights + p.k, *probs = dchosen + p.k;
-    A* dprobs = probs + p.E;
+    A *dweights = scratch.data(), *rest = dweights + p.k;
     const A scale = static_cast<A>(p.scale);
     // Both uses of dhidden pass the mask, which therefore carries no 1 / (1 - p) of its own.
     const A outgoing = p.dropout ? scale * static_cast<A>(p.dropout->inv_keep) : scale;
@@ -257,23 +256,13 @@ class TopkKernels {
       for (int j = 0; j < p.r; ++j)
         dhidden[slot * width + j] = outgoing * weights[s] * dhidden_out[slot * p.r + j];
     }
-    if (p.renormalize) topk_backward_selected(weights, dweights, p.k, dchosen);
     if (!dense_router) {
-      for (int s = 0; s < p.k; ++s) dhidden[s * width + p.r] = dchosen[s];
+      topk_backward_selected(weights, dweights, p.k, rest);
+      for (int s = 0; s < p.k; ++s) dhidden[s * width + p.r] = rest[s];
       return;
     }
-
-    A* dlogits = acc(p.dlogits) + t * p.E;
-    std::fill(dlogits, dlogits + p.E, A(0));
-    if (p.renormalize)
-      for (int s = 0; s < p.k; ++s) dlogits[selected[s]] = dchosen[s];
-    if (p.renormalize && !p.dprob_sums) return;
-    const A* dsums = acc(p.dprob_sums);
-    for (int e = 0; e < p.E; ++e) dprobs[e] = dsums ? dsums[e] : A(0);
-    if (!p.renormalize)
-      for (int s = 0; s < p.k; ++s) dprobs[selected[s]] += dweights[s];
-    softmax_row(acc(p.logits) + t * p.E, p.E, probs);
-    softmax_backward_row(probs, dprobs, p.E, dlogits);
+    topk_backward_row(acc(p.logits) + t * p.E, weights, selected, dweights, acc(p.dprob_sums), p.E,
+                      p.k, p.renormalize, rest, acc(p.dlogits) + t * p.E);
   }
 
   // ---------------------------------------------------------------- outer products with token rows

@@ -299,7 +299,7 @@ def topk_forward(
     dropout_per_expert: bool, stacked: bool, accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``ops.topk_forward``: shrink, the mix and expand in two launches or three; or grouped."""
-    rows, out = _check(x, lora_down, lora_up, router, y, "y", top_k)
+    rows, out = _check(x, lora_down, lora_up, router, y, "y", top_k, stacked)
     T, K, (E, r, _) = rows.count, rows.columns, lora_down.shape
     if bias is not None:
         launch.check_like(bias, x, (out.columns,), "bias")
@@ -369,7 +369,7 @@ def topk_backward(
 
     Or grouped.
     """
-    rows, dy_rows = _check(x, lora_down, lora_up, router, dy, "dy", top_k)
+    rows, dy_rows = _check(x, lora_down, lora_up, router, dy, "dy", top_k, stacked)
     T, N, (E, r, _) = rows.count, dy_rows.columns, lora_up.shape
     masks, kept = launch.masks(seed, dropout, E if dropout_per_expert else 1, x)
     size = ops.topk_saved_size("triton", T, E, r, top_k, stacked)
@@ -421,7 +421,7 @@ _WIDE = torch.float32
 
 def _check(
     x: Tensor, lora_down: Tensor, lora_up: Tensor, router: Tensor, out: Tensor, name: str,
-    top_k: int,
+    top_k: int, stacked: bool,
 ) -> tuple[launch.Rows, launch.Rows]:  # fmt: skip
     """x and `out` [..., N] as rows, once everything is known to lie where the kernels reach."""
     rows = launch.experts(x, lora_down, lora_up)
@@ -429,6 +429,9 @@ def _check(
     launch.check_like(router, x, (E, K), "router")
     if not 1 <= top_k <= E:
         raise RuntimeError(f"top_k: wanted 1..{E}, got {top_k}")
+    most = (2**31 - 1) // top_k  # grouped, a pair of a token and a slot is an int32
+    if not stacked and rows.count > most:
+        raise RuntimeError(f"x: wanted at most {most} tokens, got {rows.count}")
     return rows, launch.rows_like(out, x, (*x.shape[:-1], N), name)
 
 
