@@ -122,6 +122,8 @@ CASES = {
     ),
     # More rows than a tile of mma.sync has, a ring of stages that comes round.
     "wgmma": Product(70, 328, 136, torch.bfloat16, 1, 1),
+    # Segments of three steps, so that products of several are under way.  For planted bugs.
+    "wgmma segments": Product(3, 1032, 129, torch.bfloat16, 1, 1),
 }  # fmt: skip
 
 

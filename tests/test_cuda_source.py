@@ -39,6 +39,14 @@ PLANTED = {
             Edit("outer.cu", BARRIER + REST + COPY, COPY + "\n" + BARRIER + REST),
             "walk", "AssertionError",
         ),
+        "product that is read too early": (
+            Edit("shrink_wgmma.cuh", "wgmma_wait<1>", "wgmma_wait<2>"),
+            "wgmma segments", "AssertionError",
+        ),
+        "no fence between proxies": (
+            Edit("shrink_wgmma.cuh", "ptx::fence_async_proxy();", ""),
+            "wgmma", "shrink: block .*: read through the async proxy without a fence",
+        ),
         "barrier that some skip": (
             Edit("outer.cu", BARRIER, BARRIER.replace("__", "if (warp_id()) __", 1)),
             "walk", "outer: block .* waits for ever: __syncthreads",
@@ -62,6 +70,10 @@ PLANTED = {
         "no __syncthreads": (
             Edit("outer.cu", BARRIER, BARRIER.replace("__syncthreads();", "")),
             "walk", r"data race.*csrc/cuda/outer\.cu",
+        ),
+        "no __syncthreads before wgmma": (
+            Edit("shrink_wgmma.cuh", "ptx::fence_async_proxy();\n      __syncthreads();", ""),
+            "wgmma", r"data race.*csrc/cuda/shrink_wgmma\.cuh",
         ),
         "no __syncwarp": (
             Edit("expand.cuh", "sum; });\n  __syncwarp();", "sum; });\n"),

@@ -114,6 +114,12 @@ void multiply_later(const Product& product);
 void end_product_group();
 bool next_due(int pending, Product* product);
 
+// Copies write through the generic proxy.  What reads through the async one faults if the thread
+// that brought these 16 bytes has not fenced them since.  (Stores are not known here.)
+void copied(const char* shared);
+void fence_async_proxy();
+void read_async(const char* shared, size_t bytes);
+
 }  // namespace emulated
 
 template <class T>

@@ -113,6 +113,7 @@ struct Fibre {
   const char* waits_for = nullptr;
   Background<Copy> copies;
   Background<Product> products;
+  std::vector<size_t> unfenced;  // units of shared memory that it has copied to
 };
 
 struct Scheduler {
@@ -127,6 +128,7 @@ struct Block {
   std::vector<Meeting> warps;
   Meeting all;
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, std::free};
+  std::vector<const Fibre*> unfenced;  // who has copied to each unit
 };
 
 Scheduler scheduler;
@@ -138,6 +140,7 @@ bool failed;
 std::minstd_rand generator;
 unsigned seed;
 int multiprocessors, shared_bytes = 232448, launches;
+constexpr size_t kUnit = 16;
 char all_done;  // stands for what the threads of a launch leave behind
 
 int warp_of(const Fibre& f) { return static_cast<int>(f.index.x) / kWarp; }
@@ -272,6 +275,7 @@ void run_block(dim3 dimensions, size_t shared) {
   if (shared && posix_memalign(&memory, kSharedAlignment, shared)) throw std::bad_alloc();
   here.shared.reset(static_cast<char*>(memory));
   if (shared) memset(memory, 0xFF, shared);
+  here.unfenced.resize((shared + kUnit - 1) / kUnit);
   const Stacks stacks(threads);
   for (size_t i = 0; i < threads; ++i) {
     here.fibres[i].index = {static_cast<unsigned>(i), 0, 0};
@@ -339,6 +343,22 @@ bool next_due(int pending, Copy* copy) { return fibre->copies.next_due(pending, 
 void multiply_later(const Product& product) { fibre->products.add(product); }
 void end_product_group() { ++fibre->products.group; }
 bool next_due(int pending, Product* product) { return fibre->products.next_due(pending, product); }
+
+void copied(const char* shared) {
+  const size_t unit = (shared - block->shared.get()) / kUnit;
+  block->unfenced.at(unit) = fibre;
+  fibre->unfenced.push_back(unit);
+}
+void fence_async_proxy() {
+  for (size_t unit : fibre->unfenced)
+    if (block->unfenced[unit] == fibre) block->unfenced[unit] = nullptr;
+  fibre->unfenced.clear();
+}
+void read_async(const char* shared, size_t bytes) {
+  const size_t unit = (shared - block->shared.get()) / kUnit;
+  for (size_t i = 0; i < bytes / kUnit; ++i)
+    if (block->unfenced.at(unit + i)) fault("read through the async proxy without a fence");
+}
 
 }  // namespace emulated
 

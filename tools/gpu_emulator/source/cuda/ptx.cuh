@@ -11,6 +11,7 @@ namespace moelora::cuda::ptx {
 
 inline void land(const emulated::Copy& copy) {
   for (int i = 0; i < copy.bytes; ++i) copy.to[i] = i < copy.valid ? copy.from[i] : 0;
+  emulated::copied(copy.to);
 }
 
 inline void copy_async16(void* to, const void* from, int valid) {
@@ -71,8 +72,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 constexpr bool kHasWgmma = true;
 
-// Memory has one view here: a missing fence is not found.
-inline void fence_async_proxy() {}
+inline void fence_async_proxy() { emulated::fence_async_proxy(); }
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulated::end_product_group(); }
 
@@ -85,6 +85,13 @@ float swizzled(const char* tile, int row, int column) {
 template <class T>
 void land(const emulated::Product& p) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
+  if (threadIdx.x % 32 == 0) {
+    const auto rows = [](const char* tile) {
+      return tile - reinterpret_cast<uintptr_t>(tile) % 128;
+    };
+    emulated::read_async(rows(p.a) + 16 * warp * 128, 16 * 128);
+    emulated::read_async(rows(p.b), 8 * p.tiles * 128);
+  }
   float a[2][16];
   for (int i = 0; i < 2; ++i)
     for (int k = 0; k < 16; ++k) a[i][k] = swizzled<T>(p.a, 16 * warp + g + 8 * i, k);
