@@ -106,6 +106,7 @@ __device__ __forceinline__ void wgmma_shrink_tile(const Shrink& p, int64_t t0, i
     rows.clear(stages + i * kStage + kRows);
   }
 
+  const bool has_tokens = t0 + warp_id() / 4 * 64 < p.T;  // the second warp group may have none
   float sums[S::kTiles][4] = {};
   const int steps = static_cast<int>(ceil_div<int64_t>(k1 - k0, S::kFeatures));
   const int per_segment = static_cast<int>(segment_length(p.columns) / S::kFeatures);
@@ -126,11 +127,13 @@ __device__ __forceinline__ void wgmma_shrink_tile(const Shrink& p, int64_t t0, i
       __syncthreads();
       const T* tile = stages + step % S::kStages * kStage;
       const T* own = tile + warp_id() / 4 * 64 * S::kFeatures;
-      ptx::wgmma_fence();
+      if (has_tokens) {
+        ptx::wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < S::kFeatures; k += 16)
-        ptx::wgmma(sums, own + k, tile + kRows + k, step > first || k > 0);
-      ptx::wgmma_commit();
+        for (int k = 0; k < S::kFeatures; k += 16)
+          ptx::wgmma(sums, own + k, tile + kRows + k, step > first || k > 0);
+        ptx::wgmma_commit();
+      }
       // Into the stage of two steps ago, whose products all had waited for before the barrier.
       if (step + S::kAhead < steps) copy(step + S::kAhead);
       ptx::copy_async_commit();
