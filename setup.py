@@ -7,7 +7,8 @@ MOELORA_CPP    auto (default): build if there is a C++ compiler, else install pu
 MOELORA_CUDA   auto (default): build the CUDA kernels if there is nvcc (CUDA_HOME, the path,
                /usr/local/cuda), else say so; 0: never; 1: fail without nvcc
 TORCH_CUDA_ARCH_LIST  for which GPUs, as torch reads it: "8.0;9.0a;10.0a;9.0+PTX" (the default,
-               without a binary for 9.0 beside 9.0a, nor what nvcc does not know yet)
+               without a binary for 9.0 beside 9.0a, nor what nvcc does not know yet); wgmma is used
+               if there is 9.0a and no 9.0
 MOELORA_DEBUG  1: -O1 -g, warnings and assertions instead of -O3
 MAX_JOBS       compilations at once (default: processors)
 CXX            the compiler (default: c++ or g++), of nvcc's host code too
