@@ -49,22 +49,13 @@ Product in_segments(Product p, int64_t splits) {
 Tensor forward(const AveragedCall& c, const Outputs& y, const Start& start) {
   const Experts& e = c.e;
   const Call call(e.x);
-  const moelora::DType dtype = dtype_of(e.x);
   Tensor hidden = call.empty({e.T, c.hidden_columns()}, accumulator_of(e.x));
   if (e.T == 0) return hidden;
   cuda::AveragedForward mix = {};
   c.fill(mix);
   mix.hidden = data<void>(hidden);
-
-  const cuda::Rows up = rows_of(e.up, e.r);
-  cuda::Shrink shrink = in_segments(shrink_of(e.tokens, rows_of(e.down, e.r)), c.splits);
-  Workspace workspace;
-  const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix);
-  workspace.reserve(e.T * c.splits * pitch(up), element_size(e.x), &mix.mixed);
-  workspace.allocate(call);
-  cuda::launch_mix(dtype, shrink, mix, plan, call.stream());
-  cuda::launch_expand(dtype, in_segments(expand_of(y, up, mix.mixed, start), c.splits),
-                      call.stream());
+  run_forward(call, dtype_of(e.x), in_segments(shrink_of(e.tokens, rows_of(e.down, e.r)), c.splits),
+              mix, in_segments(expand_of(y, rows_of(e.up, e.r), nullptr, start), c.splits));
   return hidden;
 }
 

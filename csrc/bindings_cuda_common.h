@@ -99,13 +99,29 @@ class Workspace {
   std::optional<Tensor> memory_;
 };
 
+void reserve_partials(Workspace& workspace, DType dtype, const cuda::ShrinkPlan& plan,
+                      cuda::Shrink& shrink) {
+  workspace.reserve(plan.fused ? 0 : plan.parts * shrink.T * shrink.columns_of_h(),
+                    accumulator_size(dtype), &shrink.partials);
+}
+
 // Plans a shrink with the mix behind it, and reserves its partial sums.
 template <class Mix>
 cuda::ShrinkPlan plan_mix(Workspace& workspace, DType dtype, cuda::Shrink& shrink, const Mix& mix) {
   const cuda::ShrinkPlan plan =
       cuda::plan_shrink(dtype, shrink, cuda::row_bytes(dtype, mix), cuda::current_device());
-  workspace.reserve(plan.fused ? 0 : plan.parts * shrink.T * shrink.columns_of_h(),
-                    accumulator_size(dtype), &shrink.partials);
+  reserve_partials(workspace, dtype, plan, shrink);
+  return plan;
+}
+
+// The same from x to y; what is mixed is reserved too.
+template <class Mix>
+cuda::ShrinkPlan plan_mix(Workspace& workspace, DType dtype, cuda::Shrink& shrink, Mix& mix,
+                          const cuda::Expand& expand) {
+  const cuda::ShrinkPlan plan =
+      cuda::plan_shrink(dtype, shrink, cuda::row_bytes(dtype, mix), expand, cuda::current_device());
+  reserve_partials(workspace, dtype, plan, shrink);
+  workspace.reserve(plan.copies * expand.T * expand.ldh, element_size(dtype), &mix.mixed);
   return plan;
 }
 

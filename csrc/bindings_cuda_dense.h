@@ -20,7 +20,7 @@ inline cuda::Shrink shrink_of(const Vectors& v, const cuda::Rows& rows,
                               const cuda::Masks& masks = {}) {
   return {v.T, v.columns, v.at, v.ld, rows, masks, nullptr};
 }
-//   h  [T, pitch(rows)]
+//   h  [T, pitch(rows)], or null where a mix provides it
 inline cuda::Expand expand_of(const Outputs& y, const cuda::Rows& rows, const void* h,
                               const Start& start, const cuda::Masks& masks = {}) {
   return {y.T,        y.columns, h,    pitch(rows),      rows, masks,
@@ -30,6 +30,16 @@ inline cuda::Expand expand_of(const Outputs& y, const cuda::Rows& rows, const vo
 inline cuda::OuterProduct outer_of(const Vectors& v, const cuda::Rows& rows,
                                    const cuda::Masks& masks = {}) {
   return {nullptr, pitch(rows), v.at, v.ld, v.columns, rows, masks};
+}
+
+// Shrink, mix and expand, from x to y.
+template <class Mix>
+void run_forward(const Call& call, DType dtype, cuda::Shrink shrink, Mix mix,
+                 const cuda::Expand& expand) {
+  Workspace workspace;
+  const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix, expand);
+  workspace.allocate(call);
+  cuda::launch_mix(dtype, shrink, mix, plan, expand, call.stream());
 }
 
 // ---------------------------------------------------------------- tables

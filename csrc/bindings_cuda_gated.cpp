@@ -50,17 +50,11 @@ Tensor gated_forward(const Tensor& x, const Tensor& lora_down, const OptionalTen
   const Start start = {read_like(bias, x, {e.N}, "bias"), accumulate};
 
   const Call call(x);
-  const moelora::DType dtype = dtype_of(x);
   Tensor hidden = call.empty({e.T, e.E * e.r}, accumulator_of(x));
   if (e.T == 0) return hidden;
   mix.hidden = data<void>(hidden);
-  cuda::Shrink shrink = shrink_of(e.tokens, c.down, c.masks);
-  Workspace workspace;
-  const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix);
-  workspace.reserve(e.T * pitch(c.up), element_size(x), &mix.mixed);
-  workspace.allocate(call);
-  cuda::launch_mix(dtype, shrink, mix, plan, call.stream());
-  cuda::launch_expand(dtype, expand_of(out, c.up, mix.mixed, start), call.stream());
+  run_forward(call, dtype_of(x), shrink_of(e.tokens, c.down, c.masks), mix,
+              expand_of(out, c.up, nullptr, start));
   return hidden;
 }
 

@@ -42,17 +42,11 @@ Tensor grid_forward(const Tensor& x, const Tensor& lora_down, const Tensor& lora
   const Start start = {read_like(bias, x, {c.N}, "bias"), accumulate};
 
   const Call call(x);
-  const moelora::DType dtype = dtype_of(x);
   Tensor hidden = call.empty({c.T, c.hidden_columns()}, accumulator_of(x));
   if (c.T == 0) return hidden;
   mix.hidden = data<void>(hidden);
-  cuda::Shrink shrink = shrink_of(c.tokens, c.down);
-  Workspace workspace;
-  const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix);
-  workspace.reserve(c.T * pitch(c.up), element_size(x), &mix.mixed);
-  workspace.allocate(call);
-  cuda::launch_mix(dtype, shrink, mix, plan, call.stream());
-  cuda::launch_expand(dtype, expand_of(out, c.up, mix.mixed, start), call.stream());
+  run_forward(call, dtype_of(x), shrink_of(c.tokens, c.down), mix,
+              expand_of(out, c.up, nullptr, start));
   return hidden;
 }
 

@@ -22,21 +22,13 @@ std::tuple<Tensor, Tensor> output_gate_forward(
   const Start start = {read_like(bias, x, {e.N}, "bias"), accumulate};
 
   const Call call(x);
-  const moelora::DType dtype = dtype_of(x);
   Tensor hidden = call.empty({e.T, e.E * e.r}, accumulator_of(x));
   Tensor gates = call.empty({e.T, e.E}, accumulator_of(x));
   if (e.T == 0) return {hidden, gates};
   mix.hidden = data<void>(hidden);
   mix.gates = data<void>(gates);
-
-  const cuda::Rows up = rows_of(e.up, e.r);
-  cuda::Shrink shrink = shrink_of(e.tokens, rows_of(e.down, e.r));
-  Workspace workspace;
-  const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix);
-  workspace.reserve(e.T * pitch(up), element_size(x), &mix.mixed);
-  workspace.allocate(call);
-  cuda::launch_mix(dtype, shrink, mix, plan, call.stream());
-  cuda::launch_expand(dtype, expand_of(out, up, mix.mixed, start), call.stream());
+  run_forward(call, dtype_of(x), shrink_of(e.tokens, rows_of(e.down, e.r)), mix,
+              expand_of(out, rows_of(e.up, e.r), nullptr, start));
   return {hidden, gates};
 }
 

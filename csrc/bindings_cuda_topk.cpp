@@ -66,8 +66,6 @@ std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& l
       n.T, n.K, read(x), n.ldx, {read(lora_down), read(router), R, n.r, n.E}, masks, nullptr};
   cuda::TopkForward mix = {common};
 
-  Workspace workspace;
-  const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix);
   cuda::Expand expand = {};
   expand.T = n.T;
   expand.columns = n.N;
@@ -77,22 +75,16 @@ std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& l
   expand.y = data<void>(y);
   expand.ldy = rows_of(y, "y").stride;
   expand.accumulate = accumulate;
-  const int64_t copies = plan.few ? cuda::decode_blocks(dtype, expand) : 1;
-  workspace.reserve(copies * n.T * expand.ldh, element_size(x), &mix.mixed);
-  workspace.reserve(plan.mix_blocks * n.E, element_size(prob_sums), &mix.prob_partials);
-  const int64_t count_partials = workspace.reserve(plan.mix_blocks * n.E, sizeof(int32_t));
+  Workspace workspace;
+  const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix, expand);
+  const int64_t blocks = plan.few ? 1 : plan.mix_blocks;
+  workspace.reserve(blocks * n.E, element_size(prob_sums), &mix.prob_partials);
+  const int64_t count_partials = workspace.reserve(blocks * n.E, sizeof(int32_t));
   workspace.allocate(call);
   mix.count_partials = static_cast<int32_t*>(workspace.at(count_partials));
-  expand.h = mix.mixed;
-  expand.statistics = {
-      mix.prob_partials,     mix.count_partials,   plan.few ? 1 : plan.mix_blocks, n.E,
-      data<void>(prob_sums), data<int64_t>(counts)};
-  if (plan.few) {
-    cuda::launch_decode(dtype, shrink, mix, plan, expand, call.stream());
-  } else {
-    cuda::launch_mix(dtype, shrink, mix, plan, call.stream());
-    cuda::launch_expand(dtype, expand, call.stream());
-  }
+  expand.statistics = {mix.prob_partials,     mix.count_partials,   blocks, n.E,
+                       data<void>(prob_sums), data<int64_t>(counts)};
+  cuda::launch_mix(dtype, shrink, mix, plan, expand, call.stream());
   return {saved, counts, prob_sums};
 }
 

@@ -133,8 +133,8 @@ def test_few_tokens_take_two_launches(gpu):
         )
         assert names(device) == ["shrink", "mix_and_expand"]
         device.launches.clear()
-        run(functional.mola, inputs, 2, **TOKEN)
-        assert names(device)[:3] == ["shrink", "mix", "expand"]
+        run(functional.mola, inputs, 2, **EXPERT)
+        assert names(device)[:3] == ["shrink", "mix_and_expand", "shrink"]
 
 
 def test_frozen_experts_cost_no_weight_gradients(gpu):

@@ -148,7 +148,9 @@ FEW = ["shrink_parts", "mix_and_expand", "shrink_parts", "mix_backward", "expand
 FUSED = ["shrink_and_mix", "expand_rows", "shrink_and_mix_backward", "expand_rows"]
 MERGED = ["merge", "shrink_sequences", "expand_sequences"]
 FEW_MERGED = ["merge_and_shrink", "merge_and_expand"]
-CUDA_SPLIT = ["shrink", "mix", "expand", "shrink", "mix", "expand", "outer", "add_parts"]
+CUDA_FEW = ["shrink", "mix_and_expand"]
+CUDA_SPLIT = ["shrink", "mix", "expand"]
+CUDA_BACKWARD = [*CUDA_SPLIT, "outer", "add_parts"]
 CUDA_FUSED = ["shrink", "expand", "shrink", "expand", "outer", "add_parts"]
 CUDA_MERGED = ["merge", "shrink", "expand", "merge", "shrink", "expand", "outer", "unmerge"]
 
@@ -157,14 +159,16 @@ CUDA_MERGED = ["merge", "shrink", "expand", "merge", "shrink", "expand", "outer"
     ("backend", "name", "variant", "multiprocessors", "want"),
     on_backends(
         cuda=[
-            ("gated", "map-relu", 132, CUDA_SPLIT),
+            ("gated", "map-relu", 132, [*CUDA_FEW, *CUDA_BACKWARD]),
             ("gated", "map-relu", 1, CUDA_FUSED),
-            ("grid", "map", 132, CUDA_SPLIT),
+            ("gated", "dropout", 132, [*CUDA_FEW, *CUDA_BACKWARD]),
+            ("grid", "map", 132, [*CUDA_FEW, *CUDA_BACKWARD]),
             ("grid", "map", 1, CUDA_FUSED),
-            ("averaged", "splits", 1, CUDA_SPLIT),
+            ("averaged", "splits", 1, [*CUDA_FEW, *CUDA_BACKWARD]),
+            ("averaged", "map", 132, [*CUDA_FEW, *CUDA_BACKWARD]),
             ("averaged", "map", 1, CUDA_FUSED),
             ("averaged", "splits-sequence", 132, CUDA_MERGED),
-            ("output_gate", "l2", 132, CUDA_SPLIT),
+            ("output_gate", "l2", 132, [*CUDA_FEW, *CUDA_BACKWARD]),
             ("output_gate", "l2", 1, CUDA_FUSED),
         ],
         triton=[
@@ -190,17 +194,24 @@ def test_launches(gpu, name, variant, multiprocessors, want):
 @pytest.mark.parametrize(
     ("backend", "name", "variant", "size", "want"),
     on_backends(
+        cuda=[("gated", "token", Size((24,), 16, 24, 128, 22), CUDA_SPLIT)],
         triton=[
             ("gated", "token", EXPERTS._replace(K=200), ["shrink_parts", "mix", "expand_rows"]),
             ("averaged", "sequence", HIGHEST_RANK._replace(lead=(1, 20)), MERGED),
-        ]
+        ],
     ),
 )
 def test_few_tokens_that_a_block_cannot_hold(gpu, name, variant, size, want):
     inputs = make_inputs(name, variant, size, BF16)
     with gpu(90) as device:
         MIXES[name].function(**inputs.tensors, **inputs.options)
-    assert names(device) == want
+        assert names(device) == want
+        if name == "gated":
+            whole, _ = adapter(name, inputs, list(range(size.lead[0])))
+            device.launches.clear()
+            alone, _ = adapter(name, inputs, [5])
+            assert names(device)[1] == "mix_and_expand"
+            assert torch.equal(alone, whole[[5]])
 
 
 def adapter(name, inputs, rows):
@@ -234,7 +245,7 @@ def test_a_token_does_not_depend_on_its_neighbours(gpu, backend, name, variant):
                 device.launches.clear()
                 for got, want in zip(adapter(name, inputs, rows), whole, strict=True):
                     assert torch.equal(got, want[rows])
-                if backend == "triton" and names(device)[0] == "shrink_parts":
+                if multiprocessors == 132:
                     few = len(rows) <= 32
                     assert names(device)[1] == ("mix_and_expand" if few else "mix")
 

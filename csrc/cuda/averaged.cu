@@ -1,6 +1,6 @@
 // The averaged mix behind a shrink: of x forward, of dy backward.  The mathematics is that of
 // mix/averaged.h, an element or a weight of a token at a time.
-#include "cuda/mix.cuh"
+#include "cuda/decode.cuh"
 #include "mix/averaged.h"
 
 namespace moelora::cuda {
@@ -37,6 +37,8 @@ struct ForwardMix {
   using A = acc_t<T>;
   AveragedForward p;
 
+  __device__ void save_nothing() { p.hidden = nullptr; }
+
   // tile [n, pitch]: hidden
   __device__ void operator()(int64_t, int64_t t0, int n, const A* tile, int pitch,
                              A* scratch) const {
@@ -50,9 +52,10 @@ struct ForwardMix {
     __syncthreads();
 
     const int columns = pairs * r, ldm = p.splits * static_cast<int>(padded(R));
-    for_each(n, columns, [&](int row, int c) {
-      static_cast<A*>(p.hidden)[(t0 + row) * columns + c] = tile[row * pitch + c];
-    });
+    if (p.hidden)
+      for_each(n, columns, [&](int row, int c) {
+        static_cast<A*>(p.hidden)[(t0 + row) * columns + c] = tile[row * pitch + c];
+      });
     for_each(n, ldm, [&](int row, int c) {
       const Scratch<A> s = scratch_of(row);
       const int i = unpadded(c, R);
@@ -113,8 +116,8 @@ int64_t row_bytes(DType dtype, const AveragedForward& mix) { return bytes(dtype,
 int64_t row_bytes(DType dtype, const AveragedBackward& mix) { return bytes(dtype, mix); }
 
 void launch_mix(DType dtype, const Shrink& p, const AveragedForward& mix, const ShrinkPlan& plan,
-                void* stream) {
-  launch_behind_shrink<ForwardMix>("averaged_forward", dtype, p, mix, plan, stream);
+                const Expand& expand, void* stream) {
+  launch_between<ForwardMix>("averaged_forward", dtype, p, mix, plan, expand, stream);
 }
 
 void launch_mix(DType dtype, const Shrink& p, const AveragedBackward& mix, const ShrinkPlan& plan,

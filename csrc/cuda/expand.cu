@@ -24,10 +24,12 @@ __global__ void __launch_bounds__(kFlatThreads)
 
 }  // namespace
 
-int64_t decode_blocks(DType dtype, const Expand& p) {
-  const int strip =
-      dtype == DType::kFloat64 ? ExpandTile<double>::kColumns : ExpandTile<float>::kColumns;
-  return ceil_div<int64_t>(p.columns, strip) + 1;
+int64_t expand_strips(DType dtype, const Expand& p) {
+  int64_t strips = 0;
+  dispatch(dtype, [&](auto type) {
+    strips = ceil_div<int64_t>(p.columns, ExpandTile<typename decltype(type)::type>::kColumns);
+  });
+  return strips;
 }
 
 void launch_round(DType dtype, int64_t T, int columns, const void* from, void* to, void* stream) {
@@ -42,7 +44,7 @@ void launch_expand(DType dtype, const Expand& p, void* stream) {
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using S = ExpandTile<T>;
-    const int64_t strips = ceil_div<int64_t>(p.columns, S::kColumns);
+    const int64_t strips = expand_strips(dtype, p);
     const int64_t tiles = ceil_div<int64_t>(p.T, S::kTokens);
     // Long walks read the rows less often; but every multiprocessor should have its blocks.
     const int64_t blocks = int64_t{kExpandBlocks} * current_device().multiprocessors;

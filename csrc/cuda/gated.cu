@@ -1,6 +1,6 @@
 // The gated mix behind a shrink: of x forward, of dy backward.  The mathematics is that of
 // mix/gated.h, an element at a time: no expert meets another.
-#include "cuda/mix.cuh"
+#include "cuda/decode.cuh"
 #include "mix/gated.h"
 
 namespace moelora::cuda {
@@ -39,6 +39,8 @@ struct ForwardMix {
   using A = acc_t<T>;
   GatedForward p;
 
+  __device__ void save_nothing() { p.hidden = nullptr; }
+
   // tile [n, pitch]: H without what dropout multiplies by and without biases
   __device__ void operator()(int64_t, int64_t t0, int n, A* tile, int pitch, A* scratch) const {
     const int R = p.E * p.r;
@@ -47,7 +49,7 @@ struct ForwardMix {
     for_each(n, R, [&](int row, int c) {
       A& hidden = tile[row * pitch + c];
       hidden = inv_keep * hidden + (bias ? static_cast<A>(bias[c]) : A(0));
-      static_cast<A*>(p.hidden)[(t0 + row) * R + c] = hidden;
+      if (p.hidden) static_cast<A*>(p.hidden)[(t0 + row) * R + c] = hidden;
     });
     load_gates(p, t0, n, scratch);
     store_mixed<T>(p, t0, n, scratch, [&](int row, int c) { return tile[row * pitch + c]; });
@@ -100,8 +102,8 @@ int64_t row_bytes(DType dtype, const GatedForward& mix) { return bytes(dtype, mi
 int64_t row_bytes(DType dtype, const GatedBackward& mix) { return bytes(dtype, mix); }
 
 void launch_mix(DType dtype, const Shrink& p, const GatedForward& mix, const ShrinkPlan& plan,
-                void* stream) {
-  launch_behind_shrink<ForwardMix>("gated_forward", dtype, p, mix, plan, stream);
+                const Expand& expand, void* stream) {
+  launch_between<ForwardMix>("gated_forward", dtype, p, mix, plan, expand, stream);
 }
 
 void launch_mix(DType dtype, const Shrink& p, const GatedBackward& mix, const ShrinkPlan& plan,

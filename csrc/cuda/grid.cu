@@ -1,6 +1,6 @@
 // The grid mix behind a shrink: of x forward, of dy backward.  The mathematics of a token is that
 // of mix/grid.h, a thread a token; what goes in and out, a warp a token.
-#include "cuda/mix.cuh"
+#include "cuda/decode.cuh"
 #include "mix/grid.h"
 
 namespace moelora::cuda {
@@ -42,13 +42,16 @@ struct ForwardMix {
     return odd(shape.gates() + shape.r2);
   }
 
+  __device__ void save_nothing() { p.hidden = nullptr; }
+
   // tile [n, pitch]: hidden | logits
   __device__ void operator()(int64_t, int64_t t0, int n, A* tile, int pitch, A* scratch) const {
     const GridShape shape = p.shape;
     const int gates = shape.gates(), columns = p.hidden_columns(), size = scratch_size(shape);
-    for_each(n, columns, [&](int row, int c) {
-      static_cast<A*>(p.hidden)[(t0 + row) * columns + c] = tile[row * pitch + c];
-    });
+    if (p.hidden)
+      for_each(n, columns, [&](int row, int c) {
+        static_cast<A*>(p.hidden)[(t0 + row) * columns + c] = tile[row * pitch + c];
+      });
     const bool external = p.intuition.values;
     if (external)
       for_each(n, gates, [&](int row, int g) {
@@ -141,8 +144,8 @@ int64_t row_bytes(DType dtype, const GridBackward& mix) {
 }
 
 void launch_mix(DType dtype, const Shrink& p, const GridForward& mix, const ShrinkPlan& plan,
-                void* stream) {
-  launch_behind_shrink<ForwardMix>("grid_forward", dtype, p, mix, plan, stream);
+                const Expand& expand, void* stream) {
+  launch_between<ForwardMix>("grid_forward", dtype, p, mix, plan, expand, stream);
 }
 
 void launch_mix(DType dtype, const Shrink& p, const GridBackward& mix, const ShrinkPlan& plan,

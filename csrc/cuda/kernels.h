@@ -83,22 +83,18 @@ MOELORA_HD int segments(int64_t columns) {
 }
 
 // How a shrink and the mix behind it are launched.  Fused is for 16-bit types without dropout,
-// where the product is as fast as memory; the others spare the compiler their kernels.
+// where the product is as fast as memory, and few is not for double, which nobody waits for: the
+// others spare the compiler their kernels.
 struct ShrinkPlan {
-  bool few;        // the mix may go into the expand, see launch_decode
   bool fused;      // one launch: a block owns its tokens, for all columns, and mixes them
+  bool few;        // the mix goes into the expand behind it, whose blocks do it each by itself
   bool wgmma;      // the product alone through wgmma, see shrink_wgmma.cuh; never with fused
   int warps;       // per block of the product, 16 tokens each
   int parts;       // blocks that share a tile's columns: 1, or one a segment
   int mix_tokens;  // per block of the mix
   int64_t mix_blocks;
+  int64_t copies;  // of what is mixed: one, or one for each block that mixes by itself
 };
-// A pure function of shapes, dtype and device; of a shrink alone, which is not fused, or with a
-// mix.
-//   row_bytes  what the mix keeps of one token in shared memory
-//   throws std::runtime_error if that is more than a block can have
-ShrinkPlan plan_shrink(DType dtype, const Shrink& p, Device device);
-ShrinkPlan plan_shrink(DType dtype, const Shrink& p, int64_t row_bytes, Device device);
 
 // Column sums of the routing's statistics, which ride along with an expand.
 struct Statistics {
@@ -124,6 +120,15 @@ struct Expand {
   Statistics statistics;
   Batch batch;
 };
+// A pure function of shapes, dtype and device; of a shrink alone, which is neither fused nor few,
+// with a mix, or with a mix and an expand.
+//   row_bytes  what the mix keeps of one token in shared memory
+//   throws std::runtime_error if that is more than a block can have
+ShrinkPlan plan_shrink(DType dtype, const Shrink& p, Device device);
+ShrinkPlan plan_shrink(DType dtype, const Shrink& p, int64_t row_bytes, Device device);
+ShrinkPlan plan_shrink(DType dtype, const Shrink& p, int64_t row_bytes, const Expand& expand,
+                       Device device);
+
 // Coefficients come in rows of whole tensor-core steps.
 MOELORA_HD int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }
 
@@ -193,15 +198,17 @@ void launch_outer_parts(DType dtype, const Outer& p, void* stream);  // the firs
 void launch_outer(DType dtype, const Outer& p, void* stream);
 // Coefficients as expand and outer read them: from A [T, columns] to [T, padded(columns)].
 void launch_round(DType dtype, int64_t T, int columns, const void* from, void* to, void* stream);
-// How many blocks mix by themselves, if the mix goes into the expand.
-int64_t decode_blocks(DType dtype, const Expand& p);
+// Of its columns, for each product: how many blocks share a tile of tokens.
+int64_t expand_strips(DType dtype, const Expand& p);
 void set_zero(void* data, int64_t bytes, void* stream);
 
 // ---------------------------------------------------------------- the mixes
 //
 // For the struct of each direction there are
 //   row_bytes   what the mix keeps of one token in shared memory
-//   launch_mix  a shrink and the mix of its sums, in the launches of the plan
+//   launch_mix  a shrink and the mix of its sums, in the launches of the plan; forward, from x to
+//               y, with the expand of what is mixed, whose h it sets
+// Forward, mixed has plan.copies such tensors.
 
 // Values that tokens read by the row: A [rows, columns].  A row that does not exist reads as NaN.
 struct Table {
@@ -222,8 +229,8 @@ struct Topk {
   void* mixed;        // [T, padded(R)]: H'; null if not wanted
 };
 struct TopkForward : Topk {
-  void* prob_partials;      // A [mix_blocks, E]
-  int32_t* count_partials;  // [mix_blocks, E]
+  void* prob_partials;      // A [mix_blocks, E], or of few tokens [1, E]
+  int32_t* count_partials;  // the same
 };
 struct TopkBackward : Topk {
   const void* dprob_sums;  // A [E] or null
@@ -231,14 +238,8 @@ struct TopkBackward : Topk {
 };
 int64_t row_bytes(DType dtype, const TopkForward& mix);
 int64_t row_bytes(DType dtype, const TopkBackward& mix);
-// From x to H'.
 void launch_mix(DType dtype, const Shrink& p, const TopkForward& mix, const ShrinkPlan& plan,
-                void* stream);
-// From x to y, if the plan says few: mixed is [decode_blocks, T, padded(R)], and statistics those
-// of one block.
-void launch_decode(DType dtype, const Shrink& shrink, const TopkForward& mix,
-                   const ShrinkPlan& plan, const Expand& expand, void* stream);
-// From dy to the coefficients of every gradient.
+                const Expand& expand, void* stream);
 void launch_mix(DType dtype, const Shrink& p, const TopkBackward& mix, const ShrinkPlan& plan,
                 void* stream);
 
@@ -300,7 +301,7 @@ struct GatedBackward : Gated {  // mixed: null if not wanted
 int64_t row_bytes(DType dtype, const GatedForward& mix);
 int64_t row_bytes(DType dtype, const GatedBackward& mix);
 void launch_mix(DType dtype, const Shrink& p, const GatedForward& mix, const ShrinkPlan& plan,
-                void* stream);
+                const Expand& expand, void* stream);
 void launch_mix(DType dtype, const Shrink& p, const GatedBackward& mix, const ShrinkPlan& plan,
                 void* stream);
 
@@ -323,7 +324,7 @@ struct GridBackward : Grid {  // mixed: null if not wanted
 int64_t row_bytes(DType dtype, const GridForward& mix);
 int64_t row_bytes(DType dtype, const GridBackward& mix);
 void launch_mix(DType dtype, const Shrink& p, const GridForward& mix, const ShrinkPlan& plan,
-                void* stream);
+                const Expand& expand, void* stream);
 void launch_mix(DType dtype, const Shrink& p, const GridBackward& mix, const ShrinkPlan& plan,
                 void* stream);
 
@@ -377,7 +378,7 @@ void launch_unmerge(DType dtype, const Unmerge& p, void* stream);
 int64_t row_bytes(DType dtype, const AveragedForward& mix);
 int64_t row_bytes(DType dtype, const AveragedBackward& mix);
 void launch_mix(DType dtype, const Shrink& p, const AveragedForward& mix, const ShrinkPlan& plan,
-                void* stream);
+                const Expand& expand, void* stream);
 void launch_mix(DType dtype, const Shrink& p, const AveragedBackward& mix, const ShrinkPlan& plan,
                 void* stream);
 
@@ -409,7 +410,7 @@ struct OutputGateBackward : OutputGating {
 int64_t row_bytes(DType dtype, const OutputGateForward& mix);
 int64_t row_bytes(DType dtype, const OutputGateBackward& mix);
 void launch_mix(DType dtype, const Shrink& p, const OutputGateForward& mix, const ShrinkPlan& plan,
-                void* stream);
+                const Expand& expand, void* stream);
 void launch_mix(DType dtype, const Shrink& p, const OutputGateBackward& mix, const ShrinkPlan& plan,
                 void* stream);
 

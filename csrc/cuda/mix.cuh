@@ -29,8 +29,11 @@ __device__ __forceinline__ A table_value(const Table& table, int64_t t, int colu
 
 // ---------------------------------------------------------------- its launches
 
+// In which launches an element type's mixes can be, see ShrinkPlan.
 template <class T>
 constexpr bool kFusable = sizeof(T) == 2;
+template <class T>
+constexpr bool kExpands = sizeof(T) < 8;
 
 // The mix in the product's own kernel.
 //   mix(block, t0, n, tile, pitch, scratch): sums of n tokens from t0 on, tile [n, pitch]

@@ -1,7 +1,7 @@
 // The output-gated mix behind a shrink: of x forward, of dy backward.  The mathematics is that of
 // mix/output_gate.h; here a thread takes an element or an expert of a row for what is wide, and a
 // row for what is serial.
-#include "cuda/mix.cuh"
+#include "cuda/decode.cuh"
 #include "mix/output_gate.h"
 
 namespace moelora::cuda {
@@ -76,6 +76,8 @@ struct ForwardMix {
     return odd(Scratch<A>::size(E, R) + 2 * E);
   }
 
+  __device__ void save_nothing() { p.hidden = nullptr; }
+
   // tile [n, pitch]: hidden
   __device__ void operator()(int64_t, int64_t t0, int n, const A* tile, int pitch,
                              A* shared) const {
@@ -106,15 +108,16 @@ struct ForwardMix {
     __syncthreads();
 
     const auto gates_of = [&](int row) { return logits_of(row) + E; };
-    for_each(n, E, [&](int row, int e) {
-      static_cast<A*>(p.gates)[(t0 + row) * E + e] = gates_of(row)[e];
-    });
+    if (p.hidden)
+      for_each(n, E, [&](int row, int e) {
+        static_cast<A*>(p.gates)[(t0 + row) * E + e] = gates_of(row)[e];
+      });
     const int ldm = static_cast<int>(padded(R));
     for_each(n, ldm, [&](int row, int c) {
       A value = 0;
       if (c < R) {
         const A h = hidden_of(row)[c];
-        static_cast<A*>(p.hidden)[(t0 + row) * R + c] = h;
+        if (p.hidden) static_cast<A*>(p.hidden)[(t0 + row) * R + c] = h;
         value = g.scales[c / r] * gates_of(row)[c / r] * h;
       }
       static_cast<T*>(p.mixed)[(t0 + row) * ldm + c] = static_cast<T>(value);
@@ -272,8 +275,8 @@ int64_t row_bytes(DType dtype, const OutputGateBackward& mix) {
 }
 
 void launch_mix(DType dtype, const Shrink& p, const OutputGateForward& mix, const ShrinkPlan& plan,
-                void* stream) {
-  launch_behind_shrink<ForwardMix>("output_gate_forward", dtype, p, mix, plan, stream);
+                const Expand& expand, void* stream) {
+  launch_between<ForwardMix>("output_gate_forward", dtype, p, mix, plan, expand, stream);
 }
 
 void launch_mix(DType dtype, const Shrink& p, const OutputGateBackward& mix, const ShrinkPlan& plan,

@@ -59,9 +59,17 @@ void plan_mix(const Shrink& p, int64_t row_bytes, Device device, ShrinkPlan& pla
                kFusable<T> && !p.masks.seed && tokens * row_bytes <= device.shared_bytes;
   plan.mix_tokens = plan.fused ? static_cast<int>(tokens) : mix_tokens(p.T, row_bytes, device);
   plan.mix_blocks = ceil_div<int64_t>(p.T, plan.mix_tokens);
-  constexpr int kFewTokens = 32;
-  plan.few = !plan.fused && p.T <= std::min<int64_t>(kFewTokens, device.shared_bytes / row_bytes) &&
-             p.batch.count == 1 && !p.masks.seed;
+}
+
+// Whether every block of the expand had better mix by itself than wait for a launch that does.
+template <class T>
+bool is_few(const Shrink& p, int64_t row_bytes, Device device, const ShrinkPlan& plan) {
+  constexpr int kMostTokens = 32;
+  // What a multiprocessor reads while a launch is made, by the model of backends/strategy.py.
+  constexpr int64_t kMostBytes = 256 << 10;
+  return kExpands<T> && !plan.fused && p.T <= kMostTokens &&
+         p.T * row_bytes <= device.shared_bytes &&
+         plan.parts * p.T * p.columns_of_h() * int64_t{sizeof(acc_t<T>)} <= kMostBytes;
 }
 
 template <class A>
@@ -88,6 +96,17 @@ ShrinkPlan plan_shrink(DType dtype, const Shrink& p, int64_t row_bytes, Device d
     plan_mix<typename decltype(type)::type>(p, row_bytes, device, result);
   });
   return result;
+}
+
+ShrinkPlan plan_shrink(DType dtype, const Shrink& p, int64_t row_bytes, const Expand& expand,
+                       Device device) {
+  ShrinkPlan plan = plan_shrink(dtype, p, row_bytes, device);
+  dispatch(dtype, [&](auto type) {
+    plan.few = is_few<typename decltype(type)::type>(p, row_bytes, device, plan);
+  });
+  // One block more, which saves what the mix leaves behind.
+  plan.copies = plan.few ? expand_strips(dtype, expand) * expand.batch.count + 1 : 1;
+  return plan;
 }
 
 void launch_partials(DType dtype, const Shrink& p, const ShrinkPlan& plan, void* stream) {

@@ -146,13 +146,8 @@ int64_t row_bytes(DType dtype, const TopkForward& mix) {
 int64_t row_bytes(DType dtype, const TopkBackward& mix) { return bytes(dtype, mix, mix.E * mix.r); }
 
 void launch_mix(DType dtype, const Shrink& p, const TopkForward& mix, const ShrinkPlan& plan,
-                void* stream) {
-  launch_behind_shrink<ForwardMix>("topk_forward", dtype, p, mix, plan, stream);
-}
-
-void launch_decode(DType dtype, const Shrink& shrink, const TopkForward& mix,
-                   const ShrinkPlan& plan, const Expand& expand, void* stream) {
-  launch_mix_and_expand<ForwardMix>("topk_decode", dtype, shrink, mix, plan, expand, stream);
+                const Expand& expand, void* stream) {
+  launch_between<ForwardMix>("topk_forward", dtype, p, mix, plan, expand, stream);
 }
 
 void launch_mix(DType dtype, const Shrink& p, const TopkBackward& mix, const ShrinkPlan& plan,
