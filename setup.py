@@ -151,9 +151,12 @@ class BuildExtension(build_ext):
             # Of two binaries for one device, the runtime need not take the one with wgmma.
             wgmma = {"sm_90", "sm_90a"} & set(names.split(",")) == {"sm_90a"}
             device = [
+                # A mix is compiled into several kernels, and what the compiler would fuse in one it
+                # need not in another: a token's bits would differ.
                 NVCC, "-ccbin", shlex.split(COMPILER)[0], "-O3", "-std=c++20", "-Icsrc",
-                "-lineinfo" if debug else "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                *(["-DMOELORA_SM_90A"] if wgmma else []), *archs,
+                "-fmad=false", "-lineinfo" if debug else "-DNDEBUG",
+                "-Xcompiler=-fPIC,-fvisibility=hidden", *(["-DMOELORA_SM_90A"] if wgmma else []),
+                *archs,
             ]  # fmt: skip
             for source in sorted(Path("csrc/cuda").glob("*.cu")):
                 units[f"cuda_{source.stem}"] = (str(source), device)

@@ -176,14 +176,19 @@ Tensor merged_forward(const AveragedCall& c, const Outputs& y, const Start& star
   const Call call(e.x);
   Tensor hidden = call.empty({e.T, e.r}, accumulator_of(e.x));
   if (e.T == 0) return hidden;
+  const moelora::DType dtype = dtype_of(e.x);
   Workspace workspace;
   MergedCall merged(c, workspace);
+  cuda::Shrink shrink = in_runs(shrink_of(e.tokens, merged.down()), c.weights, e.tokens.ld);
+  const cuda::Expand expand = in_runs(expand_of(y, merged.up(), nullptr, start), c.weights, y.ld);
+  const cuda::ShrinkPlan plan =
+      cuda::plan_merged(dtype, merged.factors, shrink, expand, cuda::current_device());
   cuda::MergedHidden to = {data<void>(hidden), nullptr, nullptr};
-  workspace.reserve(e.T * cuda::padded(e.r), element_size(e.x), &to.low);
+  workspace.reserve(plan.few ? plan.parts * e.T * e.r : 0, accumulator_size(dtype),
+                    &shrink.partials);
+  workspace.reserve(plan.copies * e.T * expand.ldh, element_size(dtype), &to.low);
   workspace.allocate(call);
-  merged.merge(call);
-  merged.shrink(call, e.tokens, merged.down(), to);
-  merged.expand(call, y, merged.up(), to.low, start);
+  cuda::launch_merged(dtype, merged.factors, shrink, to, plan, expand, call.stream());
   return hidden;
 }
 

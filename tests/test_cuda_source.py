@@ -80,8 +80,8 @@ PLANTED = {
             "split", r"data race.*csrc/cuda/expand\.cuh",
         ),
         "blocks that share a place": (
-            Edit("shrink.cu", "(blockIdx.z * p.T + t0)", "t0"),
-            "split", r"data race.*csrc/cuda/shrink\.cu",
+            Edit("topk.cu", "p.prob_partials)[block * E + e]", "p.prob_partials)[e]"),
+            "walk", r"data race.*csrc/cuda/topk\.cu",
         ),
     },
 }  # fmt: skip

@@ -152,7 +152,8 @@ CUDA_FEW = ["shrink", "mix_and_expand"]
 CUDA_SPLIT = ["shrink", "mix", "expand"]
 CUDA_BACKWARD = [*CUDA_SPLIT, "outer", "add_parts"]
 CUDA_FUSED = ["shrink", "expand", "shrink", "expand", "outer", "add_parts"]
-CUDA_MERGED = ["merge", "shrink", "expand", "merge", "shrink", "expand", "outer", "unmerge"]
+CUDA_MERGED = ["merge", "shrink", "expand"]
+CUDA_FEW_MERGED = ["shrink", "merge_and_expand"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,10 @@ CUDA_MERGED = ["merge", "shrink", "expand", "merge", "shrink", "expand", "outer"
             ("averaged", "splits", 1, [*CUDA_FEW, *CUDA_BACKWARD]),
             ("averaged", "map", 132, [*CUDA_FEW, *CUDA_BACKWARD]),
             ("averaged", "map", 1, CUDA_FUSED),
-            ("averaged", "splits-sequence", 132, CUDA_MERGED),
+            (
+                "averaged", "splits-sequence", 132,
+                [*CUDA_FEW_MERGED, *CUDA_MERGED, "outer", "unmerge"],
+            ),
             ("output_gate", "l2", 132, [*CUDA_FEW, *CUDA_BACKWARD]),
             ("output_gate", "l2", 1, CUDA_FUSED),
         ],
@@ -194,7 +198,10 @@ def test_launches(gpu, name, variant, multiprocessors, want):
 @pytest.mark.parametrize(
     ("backend", "name", "variant", "size", "want"),
     on_backends(
-        cuda=[("gated", "token", Size((24,), 16, 24, 128, 22), CUDA_SPLIT)],
+        cuda=[
+            ("gated", "token", Size((24,), 16, 24, 128, 22), ["wgmma_shrink", "mix", "expand"]),
+            ("averaged", "sequence", Size((1, 3), 48, 24, 128, 12), CUDA_MERGED),
+        ],
         triton=[
             ("gated", "token", EXPERTS._replace(K=200), ["shrink_parts", "mix", "expand_rows"]),
             ("averaged", "sequence", HIGHEST_RANK._replace(lead=(1, 20)), MERGED),
@@ -265,7 +272,10 @@ def test_a_token_does_not_depend_on_its_sequence(gpu, backend):
             for got, want in zip(adapter("averaged", short, rows), whole, strict=True):
                 assert torch.equal(got, want[rows, :length])
             few = len(rows) * length <= 32
-            want = CUDA_MERGED if backend == "cuda" else FEW_MERGED if few else MERGED
+            if backend == "cuda":
+                want = CUDA_FEW_MERGED if few else CUDA_MERGED
+            else:
+                want = FEW_MERGED if few else MERGED
             assert names(device)[:2] == want[:2]
 
 

@@ -355,6 +355,10 @@ struct Merged {
   } down, up;
 };
 void launch_merge(DType dtype, const Merged& p, void* stream);
+// Of a shrink by the merged factors, with the expand behind it.  Of few tokens blocks merge what
+// they meet by themselves, and the copies are those of low.
+ShrinkPlan plan_merged(DType dtype, const Merged& factors, const Shrink& p, const Expand& expand,
+                       Device device);
 
 // hidden of the tokens of all rows, which meet the merged factor of theirs.
 struct MergedHidden {
@@ -364,6 +368,10 @@ struct MergedHidden {
 };
 void launch_merged_shrink(DType dtype, const Shrink& p, const ShrinkPlan& plan,
                           const MergedHidden& to, void* stream);
+// From x to y, with the merging, in the launches of the plan, which low has the copies of.  Sets
+// the experts of both products and h.
+void launch_merged(DType dtype, const Merged& factors, Shrink shrink, const MergedHidden& to,
+                   const ShrinkPlan& plan, Expand expand, void* stream);
 
 // From the gradients of the merged factors to those of the experts and of the weights.
 struct Unmerge {

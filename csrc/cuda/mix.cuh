@@ -35,6 +35,21 @@ constexpr bool kFusable = sizeof(T) == 2;
 template <class T>
 constexpr bool kExpands = sizeof(T) < 8;
 
+// A block's sums in a tile [tokens of the block, pitch] where its stages were, which are no
+// smaller; for all of its threads to read.
+template <int kTiles, class A>
+__device__ __forceinline__ A* share_sums(A (&total)[kTiles][4], int columns, int pitch,
+                                         char* shared) {
+  A* tile = reinterpret_cast<A*>(shared);
+  const int own = warp_id() * 16;
+  __syncthreads();  // the last stage was read
+  for_each_sum(total, [&](int row, int c, A sum) {
+    if (c < columns) tile[(own + row) * pitch + c] = sum;
+  });
+  __syncthreads();
+  return tile;
+}
+
 // The mix in the product's own kernel.
 //   mix(block, t0, n, tile, pitch, scratch): sums of n tokens from t0 on, tile [n, pitch]
 template <class A, class Mix>
@@ -44,13 +59,8 @@ struct Fused {
   template <int kTiles>
   __device__ __forceinline__ void operator()(const Shrink& p, int64_t, int64_t t0, int, int columns,
                                              A (&total)[kTiles][4], char* shared) const {
-    const int tokens = blockDim.x / 2, pitch = odd(columns), own = warp_id() * 16;
-    A* tile = reinterpret_cast<A*>(shared);
-    __syncthreads();  // the last stage was read
-    for_each_sum(total, [&](int row, int c, A sum) {
-      if (c < columns) tile[(own + row) * pitch + c] = sum;
-    });
-    __syncthreads();
+    const int tokens = blockDim.x / 2, pitch = odd(columns);
+    A* tile = share_sums(total, columns, pitch, shared);
     mix(blockIdx.x, t0, static_cast<int>(min(p.T - t0, int64_t{tokens})), tile, pitch,
         tile + tokens * pitch);
   }
@@ -76,11 +86,9 @@ __device__ __forceinline__ void mix_parts(const A* partials, int parts, int64_t 
                                           char* shared) {
   A* tile = reinterpret_cast<A*>(shared);
   const int pitch = odd(columns);
-  for (int i = threadIdx.x; i < n * columns; i += blockDim.x) {
-    A sum = 0;  // left to right, as a block that owns all segments
-    for (int part = 0; part < parts; ++part) sum += partials[(part * T + t0) * columns + i];
-    tile[i / columns * pitch + i % columns] = sum;
-  }
+  for (int i = threadIdx.x; i < n * columns; i += blockDim.x)
+    tile[i / columns * pitch + i % columns] =
+        add_parts(partials, parts, T * columns, t0 * columns + i);
   __syncthreads();
   mix(block, t0, n, tile, pitch, tile + n * pitch);
 }

@@ -5,21 +5,6 @@
 namespace moelora::cuda {
 namespace {
 
-template <class A>
-struct WritePartials {
-  template <int kTiles>
-  __device__ __forceinline__ void operator()(const Shrink& p, int64_t product, int64_t t0, int c0,
-                                             int columns, A (&total)[kTiles][4], char*) const {
-    const int own = warp_id() * 16;
-    const int64_t ld = p.columns_of_h();
-    A* out =
-        static_cast<A*>(p.partials) + (blockIdx.z * p.T + t0) * ld + product * p.rows.count() + c0;
-    for_each_sum(total, [&](int row, int c, A sum) {
-      if (c < columns && t0 + own + row < p.T) out[(own + row) * ld + c] = sum;
-    });
-  }
-};
-
 // T has no say: a token gets its bits from one kind of instruction.
 template <class T>
 bool use_wgmma(const Shrink& p, Device device) {
@@ -64,22 +49,15 @@ void plan_mix(const Shrink& p, int64_t row_bytes, Device device, ShrinkPlan& pla
 // Whether every block of the expand had better mix by itself than wait for a launch that does.
 template <class T>
 bool is_few(const Shrink& p, int64_t row_bytes, Device device, const ShrinkPlan& plan) {
-  constexpr int kMostTokens = 32;
-  // What a multiprocessor reads while a launch is made, by the model of backends/strategy.py.
-  constexpr int64_t kMostBytes = 256 << 10;
-  return kExpands<T> && !plan.fused && p.T <= kMostTokens &&
-         p.T * row_bytes <= device.shared_bytes &&
-         plan.parts * p.T * p.columns_of_h() * int64_t{sizeof(acc_t<T>)} <= kMostBytes;
+  const int64_t read = plan.parts * p.T * p.columns_of_h() * int64_t{sizeof(acc_t<T>)};
+  return kExpands<T> && !plan.fused && p.T <= kFewTokens &&
+         p.T * row_bytes <= device.shared_bytes && read <= kBlockBytesOfLaunch;
 }
 
 template <class A>
 __global__ void __launch_bounds__(kFlatThreads)
     add_kernel(const A* partials, int parts, int64_t size, A* sums) {
-  for_each_flat(size, [&](int64_t i) {
-    A sum = 0;  // left to right, as a block that owns all segments
-    for (int part = 0; part < parts; ++part) sum += partials[part * size + i];
-    sums[i] = sum;
-  });
+  for_each_flat(size, [&](int64_t i) { sums[i] = add_parts(partials, parts, size, i); });
 }
 
 }  // namespace

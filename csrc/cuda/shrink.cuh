@@ -124,6 +124,7 @@ __device__ __forceinline__ void shrink_tile(const Shrink& p, const Tokens& token
 
 // Grid: token tiles of all products x column tiles x parts of the features.
 //   finish(p, product, t0, c0, columns, total, shared) takes the sums
+//   finish.make_rows(product, c0, columns, k0, k1), if it is there, makes the rows that are met
 template <class T, bool kMasked, class Finish>
 __global__ void __launch_bounds__(32 * ShrinkTile<T>::kMostWarps, 1)
     shrink_kernel(Shrink p, const Finish finish) {
@@ -136,10 +137,36 @@ __global__ void __launch_bounds__(32 * ShrinkTile<T>::kMostWarps, 1)
   const int c0 = blockIdx.y * S::kColumns, columns = min(p.rows.count() - c0, S::kColumns);
   const int64_t length = gridDim.z == 1 ? p.columns : segment_length(p.columns);
   const int64_t k0 = blockIdx.z * length, k1 = min(p.columns, k0 + length);
+  if constexpr (requires { finish.make_rows(product, c0, columns, k0, k1); })
+    finish.make_rows(product, c0, columns, k0, k1);
   acc_t<T> total[S::kTiles][4] = {};
   shrink_tile<T, kMasked>(p, AllTokens{p.T}, t0, c0, columns, k0, k1, reinterpret_cast<T*>(shared),
                           total);
   finish(p, product, t0, c0, columns, total, shared);
+}
+
+template <class A>
+struct WritePartials {
+  template <int kTiles>
+  __device__ __forceinline__ void operator()(const Shrink& p, int64_t product, int64_t t0, int c0,
+                                             int columns, A (&total)[kTiles][4], char*) const {
+    const int own = warp_id() * 16;
+    const int64_t ld = p.columns_of_h();
+    A* out =
+        static_cast<A*>(p.partials) + (blockIdx.z * p.T + t0) * ld + product * p.rows.count() + c0;
+    for_each_sum(total, [&](int row, int c, A sum) {
+      if (c < columns && t0 + own + row < p.T) out[(own + row) * ld + c] = sum;
+    });
+  }
+};
+
+// The sum of an element's parts, `size` elements apart: left to right, as a block that owns all
+// segments.
+template <class A>
+__device__ __forceinline__ A add_parts(const A* partials, int parts, int64_t size, int64_t i) {
+  A sum = 0;
+  for (int part = 0; part < parts; ++part) sum += partials[part * size + i];
+  return sum;
 }
 
 // Into p.partials.
@@ -149,5 +176,11 @@ inline dim3 shrink_grid(const Shrink& p, const ShrinkPlan& plan, int column_tile
   return dim3(static_cast<unsigned>(p.batch.count * ceil_div<int64_t>(p.T, 16 * plan.warps)),
               column_tiles, plan.parts);
 }
+
+// What is worth a launch that is spared, by the model of backends/strategy.py: tokens, and bytes
+// that all multiprocessors read beside, and one of them.
+constexpr int kFewTokens = 32;
+constexpr int64_t kBytesOfLaunch = 16 << 20;
+constexpr int64_t kBlockBytesOfLaunch = 256 << 10;
 
 }  // namespace moelora::cuda

@@ -68,7 +68,7 @@ def build(directory: Path, archs: tuple[str, ...] = ("80", "90a"), nvcc: str = "
         library.runtime, "cc", "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.runtime.name}",
         RUNTIME,
     )  # fmt: skip
-    device_code = [nvcc, "-O3", "-std=c++20", "-lineinfo", "-Icsrc", "-ptx"]
+    device_code = [nvcc, "-O3", "-std=c++20", "-fmad=false", "-lineinfo", "-Icsrc", "-ptx"]
     # Its device code, not even optimised, is never used, and is no binary for any card.
     host_code = [
         nvcc, "-O3", "-Xcicc=-O0", "-std=c++20", "-Icsrc", "-cudart=shared", "-Xcompiler=-fPIC",
