@@ -80,8 +80,8 @@ PLANTED = {
             "split", r"data race.*csrc/cuda/expand\.cuh",
         ),
         "blocks that share a place": (
-            Edit("topk.cu", "p.prob_partials)[block * E + e]", "p.prob_partials)[e]"),
-            "walk", r"data race.*csrc/cuda/topk\.cu",
+            Edit("topk.cuh", "p.prob_partials)[block * E + e]", "p.prob_partials)[e]"),
+            "walk", r"data race.*csrc/cuda/topk\.cuh",
         ),
     },
 }  # fmt: skip
