@@ -323,7 +323,7 @@ def test_registers_hold_everything(binaries, arch):
             r".*?Used (\d+) registers",
             report, re.S,
         )  # fmt: skip
-        assert len(kernels) >= 8
+        assert len(kernels) == report.count("Compiling entry function") > 0
         for name, stores, loads, registers in kernels:
             assert (stores, loads) == ("0", "0"), name
             # One block of eight warps, or two of four, fit a multiprocessor.
