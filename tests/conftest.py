@@ -1,9 +1,5 @@
 """Every test starts from the same random state, so that a failure can be repeated."""
 
-import fcntl
-import hashlib
-import subprocess
-
 import devices
 import pytest
 import torch
@@ -47,15 +43,4 @@ def cuda_library(request):
     """The CUDA back end for the emulator, built once for the sources as they are."""
     from tools.gpu_emulator import cuda_runtime
 
-    compiler = subprocess.run(["nvcc", "--version"], check=True, capture_output=True).stdout
-    contents = b"".join(path.read_bytes() for path in cuda_runtime.sources())
-    key = hashlib.sha256(compiler + torch.__version__.encode() + contents).hexdigest()[:16]
-    folder = request.config.cache.mkdir("cuda_emulated")
-    place, building = folder / key, folder / f"{key}.building"
-    with open(folder / "lock", "w") as lock:  # one of several pytest processes builds
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
-            building.mkdir(exist_ok=True)
-            cuda_runtime.build(building)
-            building.rename(place)
-    return cuda_runtime.Library(place)
+    return cuda_runtime.cached(request.config.cache.mkdir("cuda_emulated"))

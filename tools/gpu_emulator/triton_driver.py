@@ -93,6 +93,11 @@ class LaunchRecord:
     seconds: float  # that the emulation took
     _launcher: "_Launcher" = field(repr=False)
 
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return self.build.warps * self.build.target.warp_size
+
     def execute(self, grid: tuple[int, int, int], **changes) -> Counts:
         """Runs the launch once more with another grid, say a block of it, and arguments changed."""
         return self._launcher.execute(grid, self.arguments | changes, {})

@@ -13,7 +13,7 @@ import torch
 from tools.gpu_emulator.triton_driver import Build
 
 from .cases import METHODS, Call, usual
-from .recording import record
+from .recording import record_triton
 
 ARCHS = (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"))
 
@@ -111,7 +111,9 @@ def problems(build: Build, aligned: bool = True, blocks: int = 1) -> list[str]:
 
 def builds(call: Call, backend: str, arch: int | str) -> list[Build]:
     """The distinct kernels that `call` launches."""
-    launches = [launch for o in record(call, backend, arch).operators for launch in o.launches]
+    launches = [
+        launch for o in record_triton(call, backend, arch).operators for launch in o.launches
+    ]
     return list({id(launch.build): launch.build for launch in launches}.values())
 
 

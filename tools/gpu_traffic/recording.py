@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_ops import ops
 from moelora_ops.backends.triton import launch, tiles
-from tools.gpu_emulator import emulated_gpu
+from tools.gpu_emulator import cuda_runtime, emulated_gpu
 from tools.gpu_emulator.on_cpu import on_cpu_tensors
 
 from .cases import Call
@@ -117,7 +117,7 @@ class _Recorder(TorchDispatchMode):
         return results
 
 
-def record(
+def record_triton(
     call: Call,
     backend: str = "cuda",
     arch: int | str = 90,
@@ -131,14 +131,38 @@ def record(
         execute: also run the kernels, on random numbers; else nothing is computed.
         multiprocessors: fewer make tiles be chosen as for many tokens.
     """
-    tensors = call.inputs(_normal if execute else _placeholder)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(on_cpu_tensors("triton"))
         gpu = stack.enter_context(emulated_gpu(backend, arch, execute))
         if multiprocessors:
             device = tiles.Arch(backend, f"sm_{arch}", multiprocessors)
             stack.enter_context(mock.patch.object(launch, "arch", lambda: device))
-        recorder = stack.enter_context(_Recorder(gpu.launches, execute))
+        return _record(call, "triton", gpu.launches, execute)
+
+
+def record_cuda(
+    library: cuda_runtime.Library,
+    call: Call,
+    arch: int = 90,
+    execute: bool = False,
+    multiprocessors: int = 132,
+) -> Recording:
+    """Run `call` with the CUDA kernels, as their own host code launches them.
+
+    Args:
+        library: of :func:`cuda_runtime.cached`.
+        arch, execute, multiprocessors: as above.
+    """
+    name = {80: "80", 90: "90a"}[arch]
+    with cuda_runtime.emulated_cuda(
+        library, name, execute=execute, multiprocessors=multiprocessors
+    ) as gpu:
+        return _record(call, "cuda", gpu.launches, execute)
+
+
+def _record(call: Call, backend: str, launches: list, execute: bool) -> Recording:
+    """`call` on `backend`, whose launches are appended to a list."""
+    tensors = call.inputs(_normal if execute else _placeholder)
+    with on_cpu_tensors(backend), _Recorder(launches, execute) as recorder:
         call.run(tensors)
     return recorder.recording
 

@@ -1,22 +1,19 @@
 """docs/gpu_traffic.md: what operators and their kernels move, side by side for each back end."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+from moelora_ops.backends import strategy
+from tools.gpu_emulator import cuda_runtime
+
 from . import model
-from .accounts import Account, account
+from .accounts import Account, cuda, triton
 from .cases import METHODS, Call, usual
-from .recording import Operator, Recording, record
+from .recording import Operator, Recording, record_cuda, record_triton
 
-
-class Backend(NamedTuple):
-    """How a back end's launches come about, and what each of them moves."""
-
-    record: Callable[..., Recording]
-    account: Callable[[Any], Account]
-
-
-BACKENDS = {"Triton": Backend(record, account)}
+# What a launch of each back end moves.
+ACCOUNTS: dict[str, Callable[[Any], Account]] = {"Triton": triton.account, "CUDA": cuda.account}
 
 # What is wanted at T = LARGE, over the least; and launches in each direction and for few tokens.
 MOST_DISTINCT, MOST_MOVED = 1.1, 1.7
@@ -63,10 +60,17 @@ def figures(operator: Operator, accounts: list[Account]) -> Figures:
     )
 
 
-def record_all() -> dict[Call, dict[str, Recording]]:
-    """`CALLS` on every back end, by its name."""
+def has(backend: str, call: Call) -> bool:
+    """Whether a back end has the path that `call` names."""
+    return call.strategy in ("auto", *strategy.PATHS[backend.lower()])
+
+
+def record_all(library: cuda_runtime.Library) -> dict[Call, dict[str, Recording]]:
+    """`CALLS` on every back end that has their path, by its name."""
+    recorders = {"Triton": record_triton, "CUDA": partial(record_cuda, library)}
     return {
-        call: {name: backend.record(call) for name, backend in BACKENDS.items()} for call in CALLS
+        call: {name: record(call) for name, record in recorders.items() if has(name, call)}
+        for call in CALLS
     }
 
 
@@ -124,7 +128,7 @@ def operator_name(call: Call, operator: Operator) -> str:
     return f"{operator.name}{', frozen' * frozen}{', dropout' * bool(call.dropout)}{strategy}"
 
 
-def operator_rows(call: Call, recordings: dict[str, Recording]) -> list[list[str]]:
+def operator_rows(call: Call, recordings: Mapping[str, Recording]) -> list[list[str]]:
     """Rows of the first table: operators of `call`, and of each back end's recording of it."""
     rows = []
     for i, operator in enumerate(next(iter(recordings.values())).operators):
@@ -132,9 +136,12 @@ def operator_rows(call: Call, recordings: dict[str, Recording]) -> list[list[str
             continue
         row = [operator_name(call, operator), call_name(call), f"{operator.least / 1e6:.1f}"]
         gemm = model.gemm_seconds(call.size.T, call.size.K, call.size.N)
-        for name, recording in recordings.items():
-            found = recording.operators[i]
-            f = figures(found, [BACKENDS[name].account(launch) for launch in found.launches])
+        for name, account in ACCOUNTS.items():
+            if name not in recordings:
+                row += ["-"] * 4
+                continue
+            found = recordings[name].operators[i]
+            f = figures(found, [account(launch) for launch in found.launches])
             start = f.launches * model.LAUNCH
             row += [
                 f"{f.launches}",
@@ -146,17 +153,17 @@ def operator_rows(call: Call, recordings: dict[str, Recording]) -> list[list[str
     return rows
 
 
-def kernel_rows(call: Call, recording: Recording, backend: Backend) -> list[list[str]]:
-    """Rows of a back end's own table: every launch of `call`."""
+def kernel_rows(recording: Recording, account: Callable[[Any], Account]) -> list[list[str]]:
+    """Rows of a back end's own table: every launch of a call."""
     rows = []
     for operator in recording.operators:
         for launch in operator.launches:
-            a = backend.account(launch)
+            a = account(launch)
             rows.append(
                 [
                     operator.name,
-                    launch.name,
-                    f"{a.blocks} x {32 * launch.build.warps}",
+                    a.name,
+                    f"{a.blocks} x {launch.threads}",
                     f"{a.loads.moved / 1e6:.1f}",
                     f"{a.stores.moved / 1e6:.1f}",
                     f"{a.distinct / 1e6:.1f}",
@@ -179,21 +186,19 @@ def write(recordings: dict[Call, dict[str, Recording]]) -> str:
         ingest=model.INGEST / 1e9, tensor=model.TENSOR_CORES / 1e12, launch=model.LAUNCH * 1e6,
     )  # fmt: skip
     header = "operator | size, bfloat16 | least, MB"
-    for name in BACKENDS:
+    for name in ACCOUNTS:
         header += f" | {name}: launches | moved | distinct | model, µs"
     rows = [row for call, found in recordings.items() for row in operator_rows(call, found)]
     parts = [text, "## Operators\n", _table(header + " | model of the linear, µs", rows)]
-    for name, backend in BACKENDS.items():
+    for name, account in ACCOUNTS.items():
         parts.append(f"\n## Kernels: {name}\n")
         for call, found in recordings.items():
-            if call == usual(call.method, LARGE) or call.strategy == "grouped":
-                strategy = ", grouped" if call.strategy == "grouped" else ""
-                parts.append(
-                    f"{call.method}{strategy}, {call_name(call)}, bfloat16; MB and GFLOP:\n"
-                )
+            if name in found and (call == usual(call.method, LARGE) or call.strategy == "grouped"):
+                path = ", grouped" if call.strategy == "grouped" else ""
+                parts.append(f"{call.method}{path}, {call_name(call)}, bfloat16; MB and GFLOP:\n")
                 header = (
                     "operator | kernel | blocks x threads | loads | stores | distinct"
                     " | tensor cores | model, µs, without the start"
                 )
-                parts.append(_table(header, kernel_rows(call, found[name], backend)) + "\n")
+                parts.append(_table(header, kernel_rows(found[name], account)) + "\n")
     return "\n".join(parts).rstrip() + "\n"

@@ -5,13 +5,16 @@ them, on a runtime whose launches execute the kernels' PTX.
     with emulated_cuda(library, "80") as gpu:
         ops.of("cuda").topk_forward(x, ...)           # CPU tensors
     for launch in gpu.launches:
-        launch.name, launch.grid, launch.block, launch.shared, launch.counts
+        launch.name, launch.grid, launch.block, launch.given, launch.counts
 
 Everything that an operator allocates on the device is filled with NaN first.
 """
 
 import contextlib
 import ctypes
+import fcntl
+import functools
+import hashlib
 import os
 import re
 import subprocess
@@ -26,6 +29,7 @@ import torch
 from ..counting import Counts
 from ..machine import run
 from ..ptx import load
+from .arguments import Given, read
 
 ROOT = Path(__file__).parents[3]
 TORCH = Path(torch.__file__).parent
@@ -90,6 +94,22 @@ def build(directory: Path, archs: tuple[str, ...] = ("80", "90a"), nvcc: str = "
     return library
 
 
+def cached(folder: Path) -> Library:
+    """:func:`build` for the sources as they are, in a folder that several processes may share."""
+    compiler = subprocess.run(["nvcc", "--version"], check=True, capture_output=True).stdout
+    contents = b"".join(path.read_bytes() for path in sources())
+    key = hashlib.sha256(compiler + torch.__version__.encode() + contents).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    place, building = folder / key, folder / f"{key}.building"
+    with open(folder / "lock", "w") as lock:  # one of them builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            building.mkdir(exist_ok=True)
+            build(building)
+            building.rename(place)
+    return Library(place)
+
+
 def compilers() -> ThreadPoolExecutor:
     """As many at once as there are processors, or as the environment's MAX_JOBS says."""
     return ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count()))
@@ -116,11 +136,32 @@ def compile_bindings(directory: Path, pool: ThreadPoolExecutor) -> list[Path]:
 
 @dataclass
 class Launch:
+    """A launch.
+
+    Attributes:
+        name: of the kernel in the source.
+        symbol: mangled, with its template arguments.
+        shared: bytes of dynamic shared memory.
+        parameters: the bytes of each.
+        counts: None if it was not executed.
+    """
+
     name: str
+    symbol: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared: int
-    counts: Counts
+    parameters: list[bytes]
+    counts: Counts | None
+
+    @property
+    def threads(self) -> int:
+        x, y, z = self.block
+        return x * y * z
+
+    @functools.cached_property
+    def given(self) -> Given:
+        return read(self.name, self.symbol, self.parameters)
 
 
 class _Memory:
@@ -149,9 +190,9 @@ _HOOKS = (
 
 
 class Device:
-    """Executes launches and records them."""
+    """Records launches, and executes them if it has options for that."""
 
-    def __init__(self, kernels: dict, options: dict):
+    def __init__(self, kernels: dict, options: dict | None):
         self.launches: list[Launch] = []
         self.kernels, self.options = kernels, options
         self.memory: dict[str, object] = {}
@@ -163,7 +204,7 @@ class Device:
         self.memory = {f"argument {i}": t for i, t in enumerate(tensors)}
 
     def allocate(self, address: int | None, size: int) -> None:
-        if size:
+        if size and self.options is not None:
             ctypes.memset(address, 0xFF, size)
             self.memory[f"allocation {len(self.memory)}"] = _Memory(address, size)
 
@@ -175,10 +216,14 @@ class Device:
                 for i, parameter in enumerate(kernel.parameters.values())
             ]
             grid, block = tuple(grid.contents), tuple(block.contents)
-            counts = run(
-                kernel, grid, block, arguments, shared=shared, buffers=self.memory, **self.options
-            )
-            self.launches.append(Launch(plain_name(kernel.name), grid, block, shared, counts))
+            counts = None
+            if self.options is not None:
+                counts = run(
+                    kernel, grid, block, arguments, shared=shared, buffers=self.memory,
+                    **self.options,
+                )  # fmt: skip
+            name = plain_name(kernel.name)
+            self.launches.append(Launch(name, kernel.name, grid, block, shared, arguments, counts))
         except Exception as error:
             self.error = error
             return LAUNCH_FAILURE
@@ -195,11 +240,12 @@ _loaded: dict[Path, ctypes.CDLL] = {}
 
 @contextlib.contextmanager
 def emulated_cuda(
-    library: Library, arch: str, *, multiprocessors: int = 132, shared_bytes: int = 232448,
-    **options,
+    library: Library, arch: str, *, execute: bool = True, multiprocessors: int = 132,
+    shared_bytes: int = 232448, **options,
 ) -> Iterator[Device]:  # fmt: skip
     """The CUDA operators (``ops.of("cuda")``) take CPU tensors and run on the PTX of `arch`.
 
+    execute: else launches are only recorded.
     options: of :func:`tools.gpu_emulator.run`.  A fault of a kernel is raised by the operator.
     """
     from moelora_ops import ops
@@ -210,7 +256,7 @@ def emulated_cuda(
     if library.module not in _loaded:
         _loaded[library.module] = ctypes.CDLL(str(library.runtime), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(library.module))
-    device = Device(kernels, options)
+    device = Device(kernels, options if execute else None)
     hooks = [kind(f) for kind, f in zip(_HOOKS, (device.launch, device.allocate), strict=True)]
     _loaded[library.module].emulated_device(
         *hooks, multiprocessors, shared_bytes, int(arch.rstrip("a"))

@@ -1,78 +1,33 @@
-"""What each Triton kernel moves, by formula: one row of `KERNELS` per kernel.
-
-A formula sees what a launch was given and nothing else, so that another tile is another figure.  It
-names every tensor, how many of its elements are touched, and how many times each.
-"""
+"""What each Triton kernel moves: one row of `KERNELS` per kernel."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from moelora_ops.backends.triton.tiles import cdiv
 from tools.gpu_emulator.triton_driver import LaunchRecord
+from tools.gpu_traffic import accounts
 
 # Terms that tl.dot multiplies for each product of two numbers.
 _TERMS = {"ieee": 1, "tf32": 1, "bf16x6": 6}
 
 
-@dataclass
-class Flow:
-    """Bytes in one direction: those touched, and those that multiprocessors move."""
-
-    distinct: int = 0
-    moved: int = 0
-
-
-class Account:
-    """The account of a launch, whose arguments are its attributes.
-
-    Attributes:
-        launch: the record.
-        grid: blocks in each direction.
-        loads, stores: of all tensors.
-        flops: of tensor cores, padding included; two per multiply-add.
-    """
-
-    def __init__(self, launch: LaunchRecord):
-        self.launch, self.grid = launch, launch.grid
-        self.loads, self.stores, self.flops = Flow(), Flow(), 0
-
-    def __getattr__(self, name: str) -> Any:
-        return self.launch.arguments[name]
-
-    @property
-    def blocks(self) -> int:
-        x, y, z = self.grid
-        return x * y * z
-
-    @property
-    def distinct(self) -> int:
-        """What device memory gives and takes at least."""
-        return self.loads.distinct + self.stores.distinct
-
-    @property
-    def moved(self) -> int:
-        """What multiprocessors load and store."""
-        return self.loads.moved + self.stores.moved
+class Account(accounts.Account):
+    """Of a Triton kernel."""
 
     def load(self, tensor, elements: int, times: int | Fraction = 1) -> None:
         """`elements` of a tensor are read, so many times on average; of None nothing is."""
-        self._add(self.loads, tensor, elements, times)
+        if tensor is not None:
+            self.loads.add(elements * tensor.element_size(), times)
 
     def store(self, tensor, elements: int) -> None:
         """`elements` of a tensor are written, each once; of None nothing is."""
-        self._add(self.stores, tensor, elements, 1)
+        if tensor is not None:
+            self.stores.add(elements * tensor.element_size())
 
     def dot(self, rows: int, columns: int, inner: int) -> None:
         """A product of matrices on tensor cores."""
         self.flops += 2 * rows * columns * inner * _TERMS[self.PRECISION]
-
-    @staticmethod
-    def _add(flow: Flow, tensor, elements: int, times: int | Fraction) -> None:
-        if tensor is not None:
-            flow.distinct += elements * tensor.element_size()
-            flow.moved += int(elements * tensor.element_size() * times)
 
 
 def account(launch: LaunchRecord) -> Account:
@@ -81,7 +36,7 @@ def account(launch: LaunchRecord) -> Account:
     Raises:
         KeyError: the kernel has no row.
     """
-    result = Account(launch)
+    result = Account(launch, launch.arguments)
     KERNELS[launch.build.module, launch.name](result)
     return result
 

@@ -1,0 +1,380 @@
+"""What each kernel of csrc/cuda moves: one row of `KERNELS` per kernel, one of `MIXES` per mix.
+
+Where all warps of a block read what depends on no token, say the columns of a table, it counts once
+for each of their rounds.
+"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from tools.gpu_emulator.cuda_runtime import Launch
+from tools.gpu_traffic import accounts
+
+# Of csrc/cuda, for 16-bit types: columns of a shrink's tile and features of its steps; columns of a
+# strip of an expand, and rows of it at a time; rows and columns of an outer product's tile and
+# tokens of its steps.
+SHRINK_COLUMNS = EXPAND_COLUMNS = EXPAND_ROWS = OUTER_ROWS = OUTER_COLUMNS = 128
+OUTER_TOKENS = 32
+SHRINK_FEATURES = 64
+MMA = 2 * 16 * 8 * 16
+SEED = COUNT = 8
+INDEX = 4
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def padded(columns: int) -> int:
+    return cdiv(columns, 16) * 16
+
+
+class Account(accounts.Account):
+    """Of a CUDA kernel.
+
+    Attributes:
+        element, wide: bytes of an element and of an accumulator.
+        masked: whether the kernel is one with dropout.
+    """
+
+    def __init__(self, launch: Launch):
+        given = launch.given
+        super().__init__(launch, given.values)
+        self.element, self.wide = given.element, 8 if given.element == 8 else 4
+        self.masked = given.flags == (True,)
+        self.warps = launch.threads // 32
+
+    @property
+    def name(self) -> str:
+        fused = type(self.arguments.get("finish")).__name__ in MIXES
+        return self.launch.name.removesuffix("_kernel") + "_and_mix" * fused
+
+    def load(self, pointer, elements: int, size: int, times: int | Fraction = 1) -> None:
+        """Elements of `size` bytes are read, so many times on average; through null nothing is."""
+        if pointer is not None:
+            self.loads.add(elements * size, times)
+
+    def store(self, pointer, elements: int, size: int) -> None:
+        """Elements of `size` bytes are written, each once; through null nothing is."""
+        if pointer is not None:
+            self.stores.add(elements * size)
+
+    def multiply(self, tiles: int) -> None:
+        """So many products of 16 x 16 and 16 x 8; others than of 16 bits pass tensor cores by."""
+        if self.element == 2:
+            self.flops += tiles * MMA
+
+
+def account(launch: Launch) -> Account:
+    """What `launch` moves.
+
+    Raises:
+        KeyError: the kernel or its mix has no row.
+    """
+    result = Account(launch)
+    KERNELS[launch.name](result)
+    return result
+
+
+# ---------------------------------------------------------------- products
+
+
+def count(rows: Any) -> int:
+    return rows.R + rows.extra
+
+
+def columns_of(k: Account, rows: Any, masks: Any, size: int) -> Iterator[tuple[int, int]]:
+    """Runs of rows that are multiplied apart, cut into tiles of `size`, from the tile's first."""
+    groups = [(0, count(rows))]
+    if k.masked:
+        experts = rows.R // rows.r if masks.per_expert else 1
+        each = rows.R // experts
+        groups = [(i * each, (i + 1) * each) for i in range(experts)]
+        groups += [(rows.R, count(rows))] * bool(rows.extra)
+    for first in range(0, count(rows), size):
+        for begin, end in groups:
+            begin, end = max(begin - first, 0), min(end - first, size, count(rows) - first)
+            if begin < end:
+                yield begin, end
+
+
+def _shrink(k: Account) -> None:
+    p, (tiles, column_tiles, parts) = k.p, k.grid
+    products = p.batch.count
+    k.load(p.v, products * p.T * p.columns, k.element, column_tiles)
+    k.load(p.rows.experts, products * p.rows.R * p.columns, k.element, Fraction(tiles, products))
+    k.load(p.rows.others, p.rows.extra * p.columns, k.element, tiles)
+    k.load(p.masks.seed, 1, SEED, k.blocks)
+    length = p.columns if parts == 1 else segment_length(p.columns)
+    steps = sum(
+        cdiv(min(length, p.columns - part * length), SHRINK_FEATURES) for part in range(parts)
+    )
+    across = sum(
+        cdiv(end, 8) - begin // 8 for begin, end in columns_of(k, p.rows, p.masks, SHRINK_COLUMNS)
+    )
+    k.multiply(tiles * k.warps * steps * (SHRINK_FEATURES // 16) * across)
+    if k.finish is None:
+        k.store(p.partials, parts * p.T * products * count(p.rows), k.wide)
+    else:
+        mix(k, k.finish, p.T, 16 * k.warps)
+
+
+def segment_length(columns: int) -> int:
+    """As in csrc/cuda/kernels.h."""
+    return cdiv(columns, 512) * 64
+
+
+def _add(k: Account) -> None:
+    k.load(k.partials, k.parts * k.size, k.wide)
+    k.store(k.sums, k.size, k.wide)
+
+
+def _round(k: Account) -> None:
+    k.load(k.arguments["from"], k.tokens * k.columns, k.wide)
+    k.store(k.to, k.tokens * padded(k.columns), k.element)
+
+
+def _expand(k: Account) -> None:
+    expand(k, k.strips, k.tiles_per_walk)
+
+
+def expand(k: Account, strips: int, tiles_per_walk: int, copies: int = 1) -> None:
+    """A product with coefficients that all strips share, or each of them has a copy of."""
+    p, tokens = k.p, 16 * k.warps
+    products, width = p.batch.count, padded(count(p.rows))
+    tiles = cdiv(p.T, tokens)
+    # Rows that fit stay in the block; others are read for each of its tiles.
+    walks = cdiv(tiles, tiles_per_walk) if width <= EXPAND_ROWS else tiles
+    k.load(p.h, copies * products * p.T * width, k.element, strips // copies)
+    k.load(p.rows.experts, products * p.rows.R * p.columns, k.element, walks)
+    k.load(p.rows.others, p.rows.extra * p.columns, k.element, walks)
+    k.load(p.masks.seed, 1, SEED, products * strips * cdiv(tiles, tiles_per_walk))
+    if p.accumulate:
+        k.load(p.y, products * p.T * p.columns, k.element)
+    else:
+        # Two tokens of each warp at a time.
+        last = min(p.T - (tiles - 1) * tokens, 16)
+        k.load(p.bias, products * p.columns, k.element, 8 * (tiles - 1) + cdiv(last, 2))
+    k.store(p.y, products * p.T * p.columns, k.element)
+    steps = sum(
+        cdiv(end, 16) - begin // 16 for begin, end in columns_of(k, p.rows, p.masks, EXPAND_ROWS)
+    )
+    k.multiply(products * tiles * k.warps * strips * steps * EXPAND_COLUMNS // 8)
+    statistics(k, p.statistics)
+
+
+def statistics(k: Account, s: Any) -> None:
+    if s.blocks:
+        k.load(s.prob_partials, s.blocks * s.E, k.wide)
+        k.load(s.count_partials, s.blocks * s.E, INDEX)
+        k.store(s.prob_sums, s.E, k.wide)
+        k.store(s.counts, s.E, COUNT)
+
+
+def _outer(k: Account) -> None:
+    p = k.p
+    steps = sum(cdiv(min(p.chunk, p.T - begin), OUTER_TOKENS) for begin in range(0, p.T, p.chunk))
+    for product in p.products:
+        rows, products = count(product.rows), product.batch.count
+        if not rows:
+            continue
+        strips, width = cdiv(product.columns, OUTER_COLUMNS), padded(rows)
+        k.load(product.v, products * p.T * product.columns, k.element, cdiv(rows, OUTER_ROWS))
+        k.load(product.h, products * p.T * width, k.element, strips)
+        k.load(product.masks.seed, 1, SEED, products * strips * cdiv(rows, OUTER_ROWS) * p.parts)
+        across = sum(
+            cdiv(end, 16) - begin // 16
+            for begin, end in columns_of(k, product.rows, product.masks, OUTER_ROWS)
+        )
+        k.multiply(products * strips * across * steps * OUTER_TOKENS // 16 * OUTER_COLUMNS // 8)
+    for sums in p.sums:
+        if sums.columns:
+            k.load(sums.values, p.T * sums.columns, k.wide if sums.wide else k.element)
+            k.load(sums.row.map, p.T, INDEX, sums.rows * cdiv(sums.columns, 32))
+    k.store(p.partials, p.parts * _outer_size(p), k.wide)
+
+
+def _outer_size(p: Any) -> int:
+    return sum(o.batch.count * count(o.rows) * o.columns for o in p.products) + sum(
+        s.rows * s.columns for s in p.sums
+    )
+
+
+def _add_parts(k: Account) -> None:
+    p = k.p
+    k.load(p.partials, p.parts * _outer_size(p), k.wide)
+    for output in p.outputs:
+        k.store(output.to, output.size, k.wide if output.wide else k.element)
+
+
+# ---------------------------------------------------------------- mixes
+
+
+class Rows(NamedTuple):
+    """The tokens of a mix in its blocks, whose warps have one at a time: in so many rounds."""
+
+    T: int
+    blocks: int
+    rounds: int
+
+
+def mix(k: Account, m: Any, T: int, tokens: int) -> None:
+    """A mix whose blocks have `tokens` each."""
+    full, rest = divmod(T, tokens)
+    rounds = full * cdiv(tokens, k.warps) + cdiv(rest, k.warps)
+    MIXES[type(m).__name__](k, m, Rows(T, cdiv(T, tokens), rounds))
+
+
+def _mix(k: Account) -> None:
+    k.load(k.partials, k.parts * k.T * k.columns, k.wide)
+    mix(k, k.mix, k.T, k.tokens)
+
+
+def _mix_and_expand(k: Account) -> None:
+    """Every block adds and mixes by itself; one saves what is kept, the others multiply."""
+    p, width, strips = k.p, padded(count(k.p.rows)), k.blocks - 1
+    mix(k, k.mix, p.T, p.T)
+    k.loads.moved *= k.blocks
+    k.load(k.partials, k.parts * p.T * k.columns, k.wide, k.blocks)
+    k.store(k.mix.mixed, strips * p.T * width, k.element)
+    expand(k, strips, 1, strips)
+
+
+def table(k: Account, t: Any, rows: Rows) -> None:
+    if t.values is not None:
+        if t.row.map is not None or t.row.tokens_per_row != 1:
+            raise NotImplementedError("a table whose rows tokens share")
+        k.load(t.values, rows.T * t.columns, k.wide)
+
+
+def _topk_forward(k: Account, m: Any, rows: Rows) -> None:
+    R, kept = m.E * m.r, m.E if m.stacked else m.k
+    k.store(m.mixed, rows.T * padded(R), k.element)
+    if m.hidden is not None:
+        k.store(m.prob_partials, rows.blocks * m.E, k.wide)
+        k.store(m.count_partials, rows.blocks * m.E, INDEX)
+        k.store(m.weights, rows.T * m.k, k.wide)
+        k.store(m.selected, rows.T * m.k, INDEX)
+        k.store(m.logits, rows.T * m.E, k.wide)
+        k.store(m.hidden, rows.T * kept * m.r, k.wide)
+
+
+def _topk_backward(k: Account, m: Any, rows: Rows) -> None:
+    R = m.E * m.r
+    k.load(m.selected, rows.T * m.k, INDEX, 3)
+    k.load(m.weights, rows.T * m.k, k.wide, 3)
+    k.load(m.hidden, rows.T * m.k * m.r, k.wide, 1 if m.mixed is None else 2)
+    k.store(m.gradients, rows.T * padded(R + m.E), k.element)
+    k.store(m.mixed, rows.T * padded(R), k.element)
+
+
+def _gated_forward(k: Account, m: Any, rows: Rows) -> None:
+    R = m.E * m.r
+    table(k, m.weights, rows)
+    k.load(m.down_bias, R, k.element, rows.rounds)
+    k.store(m.hidden, rows.T * R, k.wide)
+    k.store(m.mixed, rows.T * padded(R + m.E * m.up_bias), k.element)
+
+
+def _gated_backward(k: Account, m: Any, rows: Rows) -> None:
+    R = m.E * m.r
+    table(k, m.weights, rows)
+    readers = sum(to is not None for to in (m.dweights, m.dhidden, m.mixed))
+    k.load(m.hidden, rows.T * R, k.wide, readers)
+    k.store(m.dweights, rows.T * m.E, k.wide)
+    k.store(m.dhidden, rows.T * padded(R), k.element)
+    k.store(m.mixed, rows.T * padded(R + m.E * m.up_bias), k.element)
+
+
+def _averaged_forward(k: Account, m: Any, rows: Rows) -> None:
+    table(k, m.weights, rows)
+    k.store(m.hidden, rows.T * m.splits * m.E * m.r, k.wide)
+    k.store(m.mixed, rows.T * m.splits * padded(m.E * m.r), k.element)
+
+
+def _averaged_backward(k: Account, m: Any, rows: Rows) -> None:
+    pairs, width = m.splits * m.E, m.splits * padded(m.E * m.r)
+    table(k, m.weights, rows)
+    k.load(m.hidden, rows.T * pairs * m.r, k.wide, 1 if m.dweights is None else 2)
+    k.store(m.dweights, rows.T * pairs, k.wide)
+    k.store(m.dhidden, rows.T * width, k.element)
+    k.store(m.mixed, rows.T * width, k.element)
+
+
+def _gates(shape: Any) -> int:
+    return shape.r1 if shape.diagonal else shape.r1 * shape.r2
+
+
+def _grid_forward(k: Account, m: Any, rows: Rows) -> None:
+    table(k, m.intuition, rows)
+    k.load(m.omega, 1, k.element, k.blocks)
+    k.load(m.beta, 1, k.element, k.blocks)
+    k.store(m.hidden, rows.T * (m.shape.r1 + _gates(m.shape)), k.wide)
+    k.store(m.mixed, rows.T * padded(m.shape.r2), k.element)
+
+
+def _grid_backward(k: Account, m: Any, rows: Rows) -> None:
+    columns = m.shape.r1 + _gates(m.shape)
+    table(k, m.intuition, rows)
+    k.load(m.omega, 1, k.element, k.blocks)
+    k.load(m.beta, 1, k.element, k.blocks)
+    k.load(m.hidden, rows.T * columns, k.wide)
+    k.store(m.dhidden, rows.T * padded(columns), k.element)
+    k.store(m.mixed, rows.T * padded(m.shape.r2), k.element)
+    k.store(m.dscalars, rows.T * 2, k.wide)
+    k.store(m.dintuition, rows.T * _gates(m.shape), k.wide)
+
+
+def _gate(k: Account, m: Any, rows: Rows, times: int = 1) -> None:
+    """What all tokens share; norms, and the way back through them, need the triangles R_e."""
+    k.load(m.factors, m.E * m.r * (m.r + 1) // 2, k.wide, times * rows.rounds)
+    k.load(m.scales, m.E, k.wide, times * rows.rounds)
+    k.load(m.projection, m.E * m.r * m.E, k.wide, rows.rounds)
+    k.load(m.tau, 1, k.wide, rows.blocks)
+
+
+def _output_gate_forward(k: Account, m: Any, rows: Rows) -> None:
+    R = m.E * m.r
+    _gate(k, m, rows)
+    k.store(m.gates, rows.T * m.E, k.wide)
+    k.store(m.hidden, rows.T * R, k.wide)
+    k.store(m.mixed, rows.T * padded(R), k.element)
+
+
+def _output_gate_backward(k: Account, m: Any, rows: Rows) -> None:
+    R = m.E * m.r
+    _gate(k, m, rows, 2 if m.dhidden else 1)
+    k.load(m.hidden, rows.T * R, k.wide)
+    k.load(m.gates, rows.T * m.E, k.wide, 4 if m.dhidden else 3)
+    k.load(m.dgates, rows.T * m.E, k.wide)
+    k.store(m.dtau, rows.T, k.wide)
+    k.store(m.dlogits, rows.T * m.E, k.wide)
+    k.store(m.normalized, rows.T * R, k.wide)
+    k.store(m.dhidden, rows.T * padded(R), k.element)
+
+
+# Name of a kernel -> its formula.
+KERNELS = {
+    "shrink_kernel": _shrink,
+    "add_kernel": _add,
+    "round_kernel": _round,
+    "expand_kernel": _expand,
+    "outer_kernel": _outer,
+    "add_parts_kernel": _add_parts,
+    "mix_kernel": _mix,
+    "mix_and_expand_kernel": _mix_and_expand,
+}
+# What a functor behind a shrink holds -> its formula.
+MIXES = {
+    "TopkForward": _topk_forward,
+    "TopkBackward": _topk_backward,
+    "GatedForward": _gated_forward,
+    "GatedBackward": _gated_backward,
+    "AveragedForward": _averaged_forward,
+    "AveragedBackward": _averaged_backward,
+    "GridForward": _grid_forward,
+    "GridBackward": _grid_backward,
+    "OutputGateForward": _output_gate_forward,
+    "OutputGateBackward": _output_gate_backward,
+}
