@@ -289,11 +289,13 @@ def test_gradcheck(gpu, strategy):
 # ---------------------------------------------------------------- what was compiled
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin" if triton else None
+# Binaries, and the PTX that they are made from; of its own sm_100a has nothing in csrc.
+MADE_FROM = {"80": "80", "90a": "90a", "100a": "80"}
 
 
 @pytest.fixture(scope="session")
 def binaries(cuda_library):
-    """arch -> source -> ptxas' report and the machine code, from the PTX that the tests execute."""
+    """arch -> source -> ptxas' report, the machine code and the PTX, which the tests execute."""
 
     def compile(path, arch):
         target = path.with_name(f"{path.stem}.sm_{arch}.cubin")
@@ -306,28 +308,35 @@ def binaries(cuda_library):
             report.write_text(done.stderr)
         return report.read_text(), target
 
-    jobs = [(path, arch) for arch in ("80", "90a") for path in cuda_library.ptx(arch)]
+    jobs = [(path, arch) for arch, ptx in MADE_FROM.items() for path in cuda_library.ptx(ptx)]
     with cuda_runtime.compilers() as pool:
         done = pool.map(lambda job: compile(*job), jobs)
-    found = {"80": {}, "90a": {}}
+    found = {arch: {} for arch in MADE_FROM}
     for (path, arch), result in zip(jobs, done, strict=True):
-        found[arch][path.name.split(".")[0]] = result
+        found[arch][path.name.split(".")[0]] = (*result, path)
     return found
 
 
-@pytest.mark.parametrize("arch", ("80", "90a"))
+@pytest.mark.parametrize("arch", MADE_FROM)
 def test_registers_hold_everything(binaries, arch):
-    for report, _ in binaries[arch].values():
+    """Of as many blocks as a kernel's launch bounds promise."""
+    for report, _, ptx in binaries[arch].values():
         kernels = re.findall(
             r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
             r".*?Used (\d+) registers",
             report, re.S,
         )  # fmt: skip
-        assert len(kernels) == report.count("Compiling entry function") > 0
+        bounds = re.findall(
+            r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+), 1, 1(?:\s*\.minnctapersm (\d+))?",
+            ptx.read_text(),
+        )
+        threads = {name: int(most) * int(blocks or 1) for name, most, blocks in bounds}
+        assert len(kernels) == len(threads) >= 8
         for name, stores, loads, registers in kernels:
             assert (stores, loads) == ("0", "0"), name
-            # One block of eight warps, or two of four, fit a multiprocessor.
             assert int(registers) <= 255, name
+            given = -(-int(registers) // 8) * 8
+            assert given * threads[name] <= 65536, name
         # What ptxas says of products that it lets wait for each other.
         assert "serialized" not in report
 
@@ -339,25 +348,29 @@ def disassembled(cubin):
 
 
 @pytest.mark.skipif(triton is None, reason="triton, which brings a disassembler, is not installed")
-@pytest.mark.parametrize("arch", ("80", "90a"))
+@pytest.mark.parametrize("arch", MADE_FROM)
 def test_instructions_are_those_for_16_bit_types(binaries, arch):
     """Tensor cores, and 16 bytes at a time in both directions."""
+    product = ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")
     wanted = {
-        "shrink": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"),
-        "expand": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4", "STG.E.128"),
-        "outer": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"),
+        "shrink": (*product, "LDSM.16.M88.4"),
+        "expand": (*product, "LDSM.16.MT88.4", "STG.E.128"),
+        "mix_and_expand": (*product, "LDSM.16.MT88.4", "STG.E.128"),
+        "outer": (*product, "LDSM.16.MT88.4"),
     }
-    mixes = ("topk", "grouped", "routing", "gated", "grid", "averaged", "output_gate")
-    for source in (*wanted, *mixes):
-        cubin = binaries[arch][source][1]
-        code = disassembled(cubin)
-        for part in code.split("Function : ")[1:]:
-            name = part.split()[0]
-            product = re.search(r"\d(shrink|expand|outer)(_segments)?_kernel", name)
-            if "bfloat16" not in name or not product:
+    # Of segments too.
+    wanted |= {f"{name}_segments": wanted[name] for name in ("shrink", "expand")}
+    found = set()
+    for _, cubin, _ in binaries[arch].values():
+        for part in disassembled(cubin).split("Function : ")[1:]:
+            symbol = part.split()[0]
+            kernel = cuda_runtime.plain_name(symbol).removesuffix("_kernel")
+            if kernel not in wanted or not re.search("__nv_bfloat16|__half", symbol):
                 continue
-            missing = [i for i in wanted[product[1]] if i not in part]
-            assert not missing, (name, missing)
+            found.add(kernel)
+            missing = [i for i in wanted[kernel] if i not in part]
+            assert not missing, (symbol, missing)
+    assert found == set(wanted)
 
 
 @pytest.mark.skipif(triton is None, reason="triton, which brings a disassembler, is not installed")

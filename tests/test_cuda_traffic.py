@@ -24,6 +24,7 @@ EXECUTED = [
     (Call("topk", SPLIT, dropout=0.3), SOME, 80),
     (Call("topk", Size(70, 264, 136, 12)), MANY, 90),
     (Call("topk", Size(140, 72, 136, 20)), FEW, 80),  # more rows than a tile has
+    (Call("topk", Size(768, 64, 512, 4, 4), bias=True), FEW, 90),  # blocks of four strips
     *((Call("topk", Size(T, 264, 328), train=""), MANY, 90) for T in (1, 32)),
     *((Call(method, RAGGED, bias=True), FEW, 90) for method in METHODS),
     (Call("averaged", Size(130, 64, 48, 8, 8), train="x"), MANY, 80),

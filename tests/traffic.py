@@ -1,6 +1,6 @@
 """What the tests of both GPU back ends' accounts share."""
 
-from tools.gpu_traffic.cases import Size
+from tools.gpu_traffic.cases import METHODS, Size
 
 # With few multiprocessors tiles are chosen as for many tokens: one block for all features; features
 # in halves and tokens in parts; sizes that are multiples of nothing.
@@ -23,7 +23,8 @@ def assert_as_executed(recording, call, account, repeated=1.0):
         repeated: how often tensor cores may compute the same.
     """
     directions = ("forward", "backward") if call.train else ("forward",)
-    assert [o.name for o in recording.operators] == [f"{call.method}_{d}" for d in directions]
+    operator = METHODS[call.method].operator or call.method
+    assert [o.name for o in recording.operators] == [f"{operator}_{d}" for d in directions]
     for operator in recording.operators:
         assert operator.torch_kernels == []
         for launch in operator.launches:

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(32 * kMixWarps, 2)
   mix_parts(partials, parts, p.T, columns, mix, 0, 0, static_cast<int>(p.T), shared);
   __syncthreads();
   p.h = mix.p.mixed;
-  expand_block<T, false>(p, blockIdx.x, strips, 1, shared);
+  expand_block<T, false>(p, blockIdx.x, strips, {kMixWarps, 1, 1}, shared);
 }
 
 // From x to y, in the launches of the plan.  Functor<T> has `mix` in it.

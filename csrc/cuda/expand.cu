@@ -4,12 +4,43 @@
 namespace moelora::cuda {
 namespace {
 
-// Grid: strips x walks of all products, and one block for the statistics if there are any.
+// The plan that moves the fewest bytes while nine in ten multiprocessors have their warps: blocks
+// of several strips read coefficients less often, long walks rows.
+template <class T>
+ExpandPlan plan_expand(const Expand& p, Device device) {
+  using S = ExpandTile<T>;
+  const int64_t columns = ceil_div<int64_t>(p.columns, S::kColumns);
+  ExpandPlan best = {};
+  int64_t least = 0;
+  for (int warps = S::kWarps; warps <= S::kMostWarps; warps *= 2)
+    for (int strips = 1; strips <= S::kMostStrips; strips *= 2) {
+      const S shape(p.rows, warps, strips);
+      const bool usual = warps == S::kWarps && strips == 1;
+      const int64_t tiles = ceil_div<int64_t>(p.T, shape.tokens());
+      const int64_t across = ceil_div<int64_t>(columns, strips) * p.batch.count;
+      const int64_t wanted = int64_t{S::kMostWarps} / warps * device.multiprocessors;
+      const int64_t most = std::clamp<int64_t>(wanted / std::max<int64_t>(across, 1), 1, tiles);
+      const int64_t per_walk = ceil_div(tiles, most), walks = ceil_div(tiles, per_walk);
+      const bool enough = 10 * across * walks >= 9 * wanted;
+      const bool fits = shape.shared_bytes() * S::kMostWarps / warps <= device.shared_bytes;
+      if (!usual && !(enough && fits && shape.resident())) continue;
+      const int64_t readings = p.batch.count * (shape.resident() ? walks : tiles);
+      const int64_t moved = across * p.T + readings * p.columns;
+      if (usual || moved < least) {
+        least = moved;
+        best = {warps, strips, per_walk};
+      }
+    }
+  return best;
+}
+
+// Grid: blocks side by side x walks of all products, and one block for the statistics if there are
+// any.
 template <class T, bool kMasked>
-__global__ void __launch_bounds__(32 * ExpandTile<T>::kWarps, 2)
-    expand_kernel(const Expand p, int strips, int64_t tiles_per_walk) {
+__global__ void __launch_bounds__(32 * ExpandTile<T>::kMostWarps, 1)
+    expand_kernel(const Expand p, int across, const ExpandPlan plan) {
   extern __shared__ __align__(16) char shared[];
-  expand_block<T, kMasked>(p, blockIdx.x, strips, tiles_per_walk, shared);
+  expand_block<T, kMasked>(p, blockIdx.x, across, plan, shared);
 }
 
 template <class T>
@@ -44,18 +75,14 @@ void launch_expand(DType dtype, const Expand& p, void* stream) {
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using S = ExpandTile<T>;
-    const int64_t strips = expand_strips(dtype, p);
-    const int64_t tiles = ceil_div<int64_t>(p.T, S::kTokens);
-    // Long walks read the rows less often; but every multiprocessor should have its blocks.
-    const int64_t blocks = int64_t{kExpandBlocks} * current_device().multiprocessors;
-    const int64_t per_walk = ceil_div(
-        tiles,
-        std::clamp<int64_t>(blocks / std::max<int64_t>(strips * p.batch.count, 1), 1, tiles));
-    const int64_t walks = p.batch.count * ceil_div(tiles, per_walk);
+    const ExpandPlan plan = plan_expand<T>(p, current_device());
+    const S shape(p.rows, plan.warps, plan.strips);
+    const int64_t across = ceil_div<int64_t>(p.columns, plan.strips * S::kColumns);
+    const int64_t tiles = ceil_div<int64_t>(p.T, shape.tokens());
+    const int64_t blocks = across * p.batch.count * ceil_div(tiles, plan.tiles_per_walk);
     const auto kernel = p.masks.seed ? expand_kernel<T, true> : expand_kernel<T, false>;
-    launch("expand", kernel,
-           dim3(static_cast<unsigned>(strips * walks + (p.statistics.blocks ? 1 : 0))),
-           32 * S::kWarps, S(p.rows).shared_bytes(), stream, p, static_cast<int>(strips), per_walk);
+    launch("expand", kernel, dim3(static_cast<unsigned>(blocks + (p.statistics.blocks ? 1 : 0))),
+           32 * plan.warps, shape.shared_bytes(), stream, p, static_cast<int>(across), plan);
   });
 }
 

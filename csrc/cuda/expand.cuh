@@ -1,5 +1,6 @@
-// Expand: y[t] = (bias or y[t]) + mask ⊙ Σ_c h[t, c] row_c.  A block keeps its strip of the rows in
-// shared memory and walks tokens; a warp owns 16 of them at a time.
+// Expand: y[t] = (bias or y[t]) + mask ⊙ Σ_c h[t, c] row_c.  A block keeps its strips of the rows
+// in shared memory and walks tokens; a warp owns 16 of them at a time, for one strip after the
+// other.
 #pragma once
 
 #include "cuda/product.cuh"
@@ -13,21 +14,28 @@ struct ExpandTile {
   using A = acc_t<T>;
   static constexpr int kTiles = sizeof(A) == 8 ? 4 : 16;  // of 8 columns
   static constexpr int kColumns = 8 * kTiles;             // of a strip
-  static constexpr int kRows = 128;  // of the strip at a time; with more, it is loaded per tile
-  static constexpr int kWarps = 4;
+  static constexpr int kRows = 128;  // of a strip at a time; with more, it is loaded per tile
+  static constexpr int kWarps = 4;   // unless a launch chooses otherwise
   static constexpr int kTokens = 16 * kWarps;
+  static constexpr int kMostWarps = 8, kMostStrips = 4;
   static constexpr int kPitch = kColumns + kChunk<T>;
   static constexpr int kStagePitch = kColumns + 8;  // elements of A: rows of a sum in other banks
 
   int width;  // coefficients of a token
   int rows;   // in shared memory at a time
-  __host__ __device__ explicit ExpandTile(const Rows& r)
-      : width(static_cast<int>(padded(r.count()))), rows(width < kRows ? width : kRows) {}
+  int warps, strips;
+  __host__ __device__ explicit ExpandTile(const Rows& r, int warps = kWarps, int strips = 1)
+      : width(static_cast<int>(padded(r.count()))),
+        rows(width < kRows ? width : kRows),
+        warps(warps),
+        strips(strips) {}
+  __host__ __device__ bool resident() const { return width <= kRows; }
+  __host__ __device__ int tokens() const { return 16 * warps; }
   __host__ __device__ int h_pitch() const { return rows + kChunk<T>; }
   __host__ __device__ int strip_size() const { return rows * kPitch; }
-  __host__ __device__ int h_size() const { return kTokens * h_pitch(); }
+  __host__ __device__ int h_size() const { return tokens() * h_pitch(); }
   int64_t shared_bytes() const {
-    return (strip_size() + h_size()) * sizeof(T) + kTokens * kStagePitch * sizeof(A);
+    return (strips * strip_size() + h_size()) * sizeof(T) + tokens() * kStagePitch * sizeof(A);
   }
 };
 
@@ -132,27 +140,31 @@ __device__ __forceinline__ void add_statistics(const Statistics& s) {
   }
 }
 
-// A strip of columns, from n0 on, of the tokens of tiles [first, last).
+// Strips of columns, from n0 on, of the tokens of tiles [first, last).
+//   strips  more than one only if all rows stay in the block
 //   shared  ExpandTile::shared_bytes
 template <class T, bool kMasked, class Tokens>
 __device__ __forceinline__ void expand_walk(const Expand& p, const Tokens& tokens, int64_t n0,
-                                            int64_t first, int64_t last, char* shared) {
+                                            int64_t first, int64_t last, char* shared,
+                                            int strips = 1) {
   using S = ExpandTile<T>;
   using A = acc_t<T>;
-  const S shape(p.rows);
+  const S shape(p.rows, blockDim.x / 32, strips);
   T* strip = reinterpret_cast<T*>(shared);
-  T* h = strip + shape.strip_size() + warp_id() * 16 * shape.h_pitch();
-  A* stage = reinterpret_cast<A*>(strip + shape.strip_size() + shape.h_size()) +
-             warp_id() * 16 * S::kStagePitch;
+  T* all_h = strip + strips * shape.strip_size();
+  T* h = all_h + warp_id() * 16 * shape.h_pitch();
+  A* stage = reinterpret_cast<A*>(all_h + shape.h_size()) + warp_id() * 16 * S::kStagePitch;
   const RowAddress<T> address(p.rows, p.columns);
-  const bool rows_aligned = address.aligned(), resident = shape.width <= S::kRows;
+  const bool rows_aligned = address.aligned(), resident = shape.resident();
   const int count = p.rows.count();
   Dropout dropout = {};
   if (kMasked) dropout = load_dropout(p.masks);
 
-  const auto copy_strip = [&](int c0, int rows) {
-    copy_rows(strip, S::kPitch, rows, S::kColumns, n0, p.columns, rows_aligned, threadIdx.x,
-              blockDim.x, [&](int i) { return c0 + i < count ? address(c0 + i) : nullptr; });
+  const auto copy_strips = [&](int c0, int rows) {
+    for (int i = 0; i < strips; ++i)
+      copy_rows(strip + i * shape.strip_size(), S::kPitch, rows, S::kColumns, n0 + i * S::kColumns,
+                p.columns, rows_aligned, threadIdx.x, blockDim.x,
+                [&](int i) { return c0 + i < count ? address(c0 + i) : nullptr; });
   };
   const auto copy_h = [&](int64_t t0, int c0, int rows) {
     const T* from = static_cast<const T*>(p.h);
@@ -160,59 +172,64 @@ __device__ __forceinline__ void expand_walk(const Expand& p, const Tokens& token
               [&](int i) { return t0 + i < tokens.end ? from + tokens(t0 + i) * p.ldh : nullptr; });
   };
 
-  for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t t0 = tile * S::kTokens + warp_id() * 16;
-    A sums[S::kTiles][4] = {}, total[S::kTiles][4] = {};
-    for (int c0 = 0; c0 < shape.width; c0 += S::kRows) {
-      const int rows = min(shape.width - c0, S::kRows);
-      const bool shared_is_new = !resident || tile == first;
-      if (shared_is_new) {
-        __syncthreads();
-        copy_strip(c0, rows);
-      }
-      if (!resident || tile == first) copy_h(t0, c0, rows);
-      ptx::copy_async_commit();
-      ptx::copy_async_wait<0>();
-      if (shared_is_new)
-        __syncthreads();
-      else
-        __syncwarp();
-      if (!kMasked) {
-        expand_rows<T>(sums, h, shape.h_pitch(), strip, 0, rows, false);
-      } else {
-        for (int i = 0; i < mask_groups(p.rows, p.masks); ++i) {
-          const MaskGroup group = mask_group(p.rows, p.masks, i);
-          const int begin = max(group.begin - c0, 0), end = min(group.end - c0, rows);
-          if (begin >= end) continue;
-          expand_rows<T>(sums, h, shape.h_pitch(), strip, begin, end, true);
-          add_masked<T>(total, sums, dropout, group, tokens, t0, n0);
+  for (int64_t tile = first; tile < last; ++tile)
+    for (int i = 0; i < strips; ++i) {
+      const int64_t t0 = tile * shape.tokens() + warp_id() * 16, n = n0 + i * S::kColumns;
+      A sums[S::kTiles][4] = {}, total[S::kTiles][4] = {};
+      for (int c0 = 0; c0 < shape.width; c0 += S::kRows) {
+        const int rows = min(shape.width - c0, S::kRows);
+        const bool shared_is_new = !resident || (tile == first && i == 0);
+        if (shared_is_new) {
+          __syncthreads();
+          copy_strips(c0, rows);
+          copy_h(t0, c0, rows);
+        }
+        ptx::copy_async_commit();
+        ptx::copy_async_wait<0>();
+        if (shared_is_new)
+          __syncthreads();
+        else
+          __syncwarp();
+        const T* own = strip + i * shape.strip_size();
+        if (!kMasked) {
+          expand_rows<T>(sums, h, shape.h_pitch(), own, 0, rows, false);
+        } else {
+          for (int g = 0; g < mask_groups(p.rows, p.masks); ++g) {
+            const MaskGroup group = mask_group(p.rows, p.masks, g);
+            const int begin = max(group.begin - c0, 0), end = min(group.end - c0, rows);
+            if (begin >= end) continue;
+            expand_rows<T>(sums, h, shape.h_pitch(), own, begin, end, true);
+            add_masked<T>(total, sums, dropout, group, tokens, t0, n);
+          }
         }
       }
+      // The next tile's coefficients travel while this one's last sums are written.
+      __syncwarp();
+      if (resident && i + 1 == strips && tile + 1 < last)
+        copy_h(t0 + shape.tokens(), 0, shape.width);
+      write_tokens<T>(p, tokens, t0, n, kMasked ? total : sums, stage);
     }
-    // The next tile's coefficients travel while this one's sums are written.
-    __syncwarp();
-    if (resident && tile + 1 < last) copy_h(t0 + S::kTokens, 0, shape.width);
-    write_tokens<T>(p, tokens, t0, n0, kMasked ? total : sums, stage);
-  }
 }
 
 // What one block does.
 //   block   of strips x walks of all products; behind them, the one for the statistics
+//   across  blocks side by side
 //   shared  ExpandTile::shared_bytes
 template <class T, bool kMasked>
-__device__ __forceinline__ void expand_block(Expand p, int64_t block, int strips,
-                                             int64_t tiles_per_walk, char* shared) {
+__device__ __forceinline__ void expand_block(Expand p, int64_t block, int across,
+                                             const ExpandPlan& plan, char* shared) {
   using S = ExpandTile<T>;
-  const int64_t tiles = ceil_div<int64_t>(p.T, S::kTokens);
-  const int64_t walk = block / strips, walks = ceil_div(tiles, tiles_per_walk);
-  const int64_t product = walk / walks, first = walk % walks * tiles_per_walk;
-  const int64_t last = min(tiles, first + tiles_per_walk);
+  const int64_t tiles = ceil_div<int64_t>(p.T, 16 * plan.warps);
+  const int64_t walk = block / across, walks = ceil_div(tiles, plan.tiles_per_walk);
+  const int64_t product = walk / walks, first = walk % walks * plan.tiles_per_walk;
+  const int64_t last = min(tiles, first + plan.tiles_per_walk);
   if (product == p.batch.count) return add_statistics<acc_t<T>>(p.statistics);
   advance<T>(p.h, product * p.batch.coefficients);
   advance<T>(p.rows.experts, product * p.batch.rows);
   advance<T>(p.bias, product * p.batch.bias);
   advance<T>(p.y, product * p.batch.vectors);
-  expand_walk<T, kMasked>(p, AllTokens{p.T}, block % strips * S::kColumns, first, last, shared);
+  expand_walk<T, kMasked>(p, AllTokens{p.T}, block % across * plan.strips * S::kColumns, first,
+                          last, shared, plan.strips);
 }
 
 }  // namespace moelora::cuda

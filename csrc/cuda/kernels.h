@@ -120,6 +120,12 @@ struct Expand {
   Statistics statistics;
   Batch batch;
 };
+// How its work is shared out: blocks of so many warps, each with strips of columns and walks of
+// tiles of 16 tokens a warp.
+struct ExpandPlan {
+  int warps, strips;
+  int64_t tiles_per_walk;
+};
 // A pure function of shapes, dtype and device; of a shrink alone, which is neither fused nor few,
 // with a mix, or with a mix and an expand.
 //   row_bytes  what the mix keeps of one token in shared memory
@@ -176,6 +182,7 @@ struct Outer {
   Segments segments;
   int64_t chunk;   // tokens; of each expert, if there are segments
   int parts;       // ceil(T / chunk)
+  int strips;      // of columns, in one block
   void* partials;  // A [parts, size()]: the products and the sums, one after the other
   // Where they go, in that order.
   struct Output {
@@ -188,7 +195,7 @@ struct Outer {
     return products[0].size() + products[1].size() + sums[0].size() + sums[1].size();
   }
 };
-// Sets chunk and parts.
+// Sets chunk, parts and strips.
 void plan_outer(DType dtype, Device device, Outer& outer);
 
 // The product alone, one launch or, if parts have to be added, two: sums A [T, rows.count()].

@@ -12,25 +12,29 @@ struct OuterTile {
   static constexpr int kRowTiles = sizeof(T) == 8 ? 2 : sizeof(T) == 4 ? 6 : 8;
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kTiles = 4;  // of 8 columns, per warp
-  static constexpr int kWarps = 4;
+  static constexpr int kWarps = 4;  // of a strip
   static constexpr int kColumns = 8 * kTiles * kWarps;
+  static constexpr int kMostStrips = 2;
   static constexpr int kTokens = 32;  // of a step
   static constexpr int kStages = 3;
   static constexpr int kPitch = kColumns + kChunk<T>;
 
   int width;  // of h
   int rows;   // of it at a time
-  __host__ __device__ explicit OuterTile(const OuterProduct& p)
-      : width(static_cast<int>(padded(p.rows.count()))), rows(width < kRows ? width : kRows) {}
+  int strips;
+  __host__ __device__ OuterTile(const OuterProduct& p, int strips)
+      : width(static_cast<int>(padded(p.rows.count()))),
+        rows(width < kRows ? width : kRows),
+        strips(strips) {}
   __host__ __device__ int h_pitch() const { return rows + kChunk<T>; }
-  __host__ __device__ int stage_size() const { return kTokens * (kPitch + h_pitch()); }
+  __host__ __device__ int stage_size() const { return kTokens * (strips * kPitch + h_pitch()); }
   int64_t shared_bytes() const { return int64_t{kStages} * stage_size() * sizeof(T); }
 
-  static __host__ __device__ int64_t strips(const OuterProduct& p) {
-    return ceil_div<int64_t>(p.columns, kColumns);
+  static __host__ __device__ int64_t across(const OuterProduct& p, int strips) {
+    return ceil_div<int64_t>(p.columns, strips * kColumns);
   }
-  static __host__ __device__ int64_t blocks(const OuterProduct& p) {
-    return p.batch.count * strips(p) * ceil_div(p.rows.count(), kRows);
+  static __host__ __device__ int64_t blocks(const OuterProduct& p, int strips) {
+    return p.batch.count * across(p, strips) * ceil_div(p.rows.count(), kRows);
   }
 };
 
@@ -122,11 +126,13 @@ struct SegmentRows {
 
 // Grid: the tiles of both products and the strips of both sums x chunks of tokens.
 template <class T, bool kMasked, bool kSegments>
-__global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(const Outer p) {
+__global__ void __launch_bounds__(32 * OuterTile<T>::kWarps * OuterTile<T>::kMostStrips, 1)
+    outer_kernel(const Outer p) {
   extern __shared__ __align__(16) char shared[];
   using S = OuterTile<T>;
   using A = acc_t<T>;
-  const int64_t first = S::blocks(p.products[0]), both = first + S::blocks(p.products[1]);
+  const int64_t first = S::blocks(p.products[0], p.strips);
+  const int64_t both = first + S::blocks(p.products[1], p.strips);
   int64_t t_begin = blockIdx.y * p.chunk, t_end = min(p.T, t_begin + p.chunk);
   if (blockIdx.x >= both) {
     const int64_t block = blockIdx.x - both, before = sum_blocks(p.sums[0]);
@@ -144,14 +150,14 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(con
   }
   const bool second = blockIdx.x >= first;
   const OuterProduct& product = p.products[second];
-  const int64_t strips = S::strips(product), count = product.batch.count;
+  const int64_t across = S::across(product, p.strips), count = product.batch.count;
   const int64_t block = (second ? blockIdx.x - first : blockIdx.x) / count;
   const int64_t one = (second ? blockIdx.x - first : blockIdx.x) % count;
-  const int64_t n0 = block % strips * S::kColumns;
-  const int c0 = static_cast<int>(block / strips) * S::kRows;
+  const int64_t n0 = block % across * p.strips * S::kColumns;
+  const int c0 = static_cast<int>(block / across) * S::kRows;
   const int rows = min(product.rows.count() - c0, S::kRows);
 
-  const S shape(product);
+  const S shape(product, p.strips);
   T* stages = reinterpret_cast<T*>(shared);
   const T* h = static_cast<const T*>(product.h) + one * product.batch.coefficients;
   const T* v = static_cast<const T*>(product.v) + one * product.batch.vectors;
@@ -169,12 +175,13 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(con
   const auto copy = [&](int step) {
     T* to = stages + step % S::kStages * shape.stage_size();
     const int64_t t0 = t_begin + int64_t{step} * S::kTokens;
-    copy_rows(to, S::kPitch, S::kTokens, S::kColumns, n0, product.columns, v_aligned, threadIdx.x,
-              blockDim.x,
-              [&](int i) { return t0 + i < t_end ? v + tokens(t0 + i) * product.ldv : nullptr; });
-    copy_rows(to + S::kTokens * S::kPitch, shape.h_pitch(), S::kTokens, shape.rows, c0, shape.width,
-              true, threadIdx.x, blockDim.x, [&](int i) {
-                return t0 + i < t_end ? h + tokens.pair(t0 + i) * product.ldh : nullptr;
+    for (int i = 0; i < p.strips; ++i)
+      copy_rows(to + i * S::kTokens * S::kPitch, S::kPitch, S::kTokens, S::kColumns,
+                n0 + i * S::kColumns, product.columns, v_aligned, threadIdx.x, blockDim.x,
+                [&](int t) { return t0 + t < t_end ? v + tokens(t0 + t) * product.ldv : nullptr; });
+    copy_rows(to + p.strips * S::kTokens * S::kPitch, shape.h_pitch(), S::kTokens, shape.rows, c0,
+              shape.width, true, threadIdx.x, blockDim.x, [&](int t) {
+                return t0 + t < t_end ? h + tokens.pair(t0 + t) * product.ldh : nullptr;
               });
   };
 
@@ -194,8 +201,9 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps, 2) outer_kernel(con
 
     const T* tile = stages + step % S::kStages * shape.stage_size();
     for (int t = 0; t < S::kTokens; t += 16) {
-      const T* own = tile + t * S::kPitch + warp_id() * 8 * S::kTiles;
-      const T* coefficients = tile + S::kTokens * S::kPitch + t * shape.h_pitch();
+      const T* own = tile + (warp_id() / S::kWarps * S::kTokens + t) * S::kPitch +
+                     warp_id() % S::kWarps * 8 * S::kTiles;
+      const T* coefficients = tile + p.strips * S::kTokens * S::kPitch + t * shape.h_pitch();
       if (!kMasked) {
         outer_16<T, KeepTile>(sums, coefficients, shape.h_pitch(), own, 0, rows, nullptr);
         continue;
@@ -258,11 +266,20 @@ __global__ void __launch_bounds__(kFlatThreads) add_parts_kernel(const Outer p) 
 void plan_outer(DType dtype, Device device, Outer& outer) {
   dispatch(dtype, [&](auto type) {
     using S = OuterTile<typename decltype(type)::type>;
-    constexpr int kBlocksPerMultiprocessor = 2, kChunkUnit = 2 * S::kTokens;
-    const int64_t blocks = S::blocks(outer.products[0]) + S::blocks(outer.products[1]);
-    const int64_t parts = std::clamp<int64_t>(
-        kBlocksPerMultiprocessor * device.multiprocessors / std::max<int64_t>(blocks, 1), 1,
-        ceil_div<int64_t>(outer.T, kChunkUnit));
+    constexpr int kChunkUnit = 2 * S::kTokens;
+    const int64_t most = ceil_div<int64_t>(outer.T, kChunkUnit);
+    const auto blocks = [&](int strips) {
+      return S::blocks(outer.products[0], strips) + S::blocks(outer.products[1], strips);
+    };
+    // Wide blocks, one for each multiprocessor, read coefficients half as often as two narrow ones.
+    const int64_t bytes = std::max(S(outer.products[0], S::kMostStrips).shared_bytes(),
+                                   S(outer.products[1], S::kMostStrips).shared_bytes());
+    const bool wide =
+        bytes <= device.shared_bytes && blocks(S::kMostStrips) * most >= device.multiprocessors;
+    outer.strips = wide ? S::kMostStrips : 1;
+    const int64_t wanted = S::kMostStrips / outer.strips * device.multiprocessors;
+    const int64_t parts =
+        std::clamp<int64_t>(wanted / std::max<int64_t>(blocks(outer.strips), 1), 1, most);
     outer.chunk = ceil_div<int64_t>(ceil_div(outer.T, parts), kChunkUnit) * kChunkUnit;
     outer.parts = static_cast<int>(ceil_div(outer.T, outer.chunk));
   });
@@ -272,18 +289,18 @@ void launch_outer_parts(DType dtype, const Outer& p, void* stream) {
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using S = OuterTile<T>;
-    constexpr int kThreads = 32 * S::kWarps;
+    const int threads = 32 * S::kWarps * p.strips;
     const bool masked = p.products[0].masks.seed || p.products[1].masks.seed;
-    const int64_t blocks = S::blocks(p.products[0]) + S::blocks(p.products[1]) +
+    const int64_t blocks = S::blocks(p.products[0], p.strips) + S::blocks(p.products[1], p.strips) +
                            sum_blocks(p.sums[0]) + sum_blocks(p.sums[1]);
-    const int64_t shared =
-        std::max({S(p.products[0]).shared_bytes(), S(p.products[1]).shared_bytes(),
-                  static_cast<int64_t>(kThreads * sizeof(acc_t<T>))});
+    const int64_t shared = std::max({S(p.products[0], p.strips).shared_bytes(),
+                                     S(p.products[1], p.strips).shared_bytes(),
+                                     static_cast<int64_t>(threads * sizeof(acc_t<T>))});
     const auto kernel = p.segments.order
                             ? masked ? outer_kernel<T, true, true> : outer_kernel<T, false, true>
                         : masked ? outer_kernel<T, true, false>
                                  : outer_kernel<T, false, false>;
-    launch("outer", kernel, dim3(static_cast<unsigned>(blocks), p.parts), kThreads, shared, stream,
+    launch("outer", kernel, dim3(static_cast<unsigned>(blocks), p.parts), threads, shared, stream,
            p);
   });
 }

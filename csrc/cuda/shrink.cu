@@ -20,17 +20,17 @@ template <class T>
 ShrinkPlan plan(const Shrink& p, Device device) {
   ShrinkPlan plan = {};
   plan.wgmma = use_wgmma<T>(p, device);
+  const int count = p.rows.count();
+  const int64_t columns =
+      plan.wgmma ? WgmmaTile::column_tiles(count) : ceil_div(count, ShrinkTile<T>::kColumns);
   const auto tiles_of = [&](int warps) {
-    return p.batch.count * ceil_div<int64_t>(p.T, 16 * warps);
+    return p.batch.count * ceil_div<int64_t>(p.T, 16 * warps) * columns;
   };
   // Twice the tokens per block read the weights half as often, where blocks remain for all.
   constexpr int kMost = ShrinkTile<T>::kMostWarps;
   static_assert(16 * kMost == WgmmaTile::kTokens);
   plan.warps = plan.wgmma || tiles_of(kMost) >= device.multiprocessors ? kMost : 4;
-  const int count = p.rows.count();
-  const int64_t columns =
-      plan.wgmma ? WgmmaTile::column_tiles(count) : ceil_div(count, ShrinkTile<T>::kColumns);
-  const int64_t tiles = tiles_of(plan.warps) * columns;
+  const int64_t tiles = tiles_of(plan.warps);
   // With fewer blocks than half of the multiprocessors, segments of one tile go to several.
   plan.parts = 2 * tiles >= device.multiprocessors ? 1 : segments(p.columns);
   return plan;

@@ -30,6 +30,8 @@ class Method(NamedTuple):
         fixed: names of tensors without a gradient.
         wide: names of tensors in float32.
         size: E and r that users have, and k.
+        tokens: x's leading dimensions.
+        operator: of ours that it runs, by default its own.
     """
 
     function: Callable[..., Tensor]
@@ -38,11 +40,16 @@ class Method(NamedTuple):
     fixed: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
     size: dict[str, int] = {}  # noqa: RUF012
+    tokens: Callable[[Size], tuple[int, ...]] = lambda s: (s.T,)
+    operator: str = ""
 
 
 def _experts(s: Size) -> dict[str, tuple[int, ...]]:
     return {"lora_down": (s.E, s.r, s.K), "lora_up": (s.E, s.r, s.N)}
 
+
+# Of a call whose weights are theirs.
+SEQUENCES = 4
 
 METHODS = {
     "topk": Method(
@@ -61,6 +68,14 @@ METHODS = {
         lambda s: _experts(s) | {"weights": (s.T, s.E)},
         lambda s: {"scale": 2.0},
         wide=frozenset({"weights"}),
+    ),
+    "merged": Method(
+        functional.averaged,
+        lambda s: _experts(s) | {"weights": (SEQUENCES, s.E)},
+        lambda s: {"scale": 2.0},
+        wide=frozenset({"weights"}),
+        tokens=lambda s: (SEQUENCES, s.T // SEQUENCES),
+        operator="averaged",
     ),
     "grid": Method(
         functional.mor1e,
@@ -105,7 +120,8 @@ class Call(NamedTuple):
     def inputs(self, draw: Callable[..., Tensor]) -> dict[str, Tensor | None]:
         """The tensors of a call by name, dy among them; draw(shape, dtype) makes one."""
         method, s = METHODS[self.method], self.size
-        shapes = {"x": (s.T, s.K), "weight": (s.N, s.K), "dy": (s.T, s.N)}
+        tokens = method.tokens(s)
+        shapes = {"x": (*tokens, s.K), "weight": (s.N, s.K), "dy": (*tokens, s.N)}
         if self.bias:
             shapes["bias"] = (s.N,)
         shapes |= method.tensors(s)

@@ -42,12 +42,12 @@ class Account(accounts.Account):
         given = launch.given
         super().__init__(launch, given.values)
         self.element, self.wide = given.element, 8 if given.element == 8 else 4
-        self.masked = given.flags == (True,)
+        self.masked = given.flags[:1] == (True,)
         self.warps = launch.threads // 32
 
     @property
     def name(self) -> str:
-        fused = type(self.arguments.get("finish")).__name__ in MIXES
+        fused = self.arguments.get("finish") is not None
         return self.launch.name.removesuffix("_kernel") + "_and_mix" * fused
 
     def load(self, pointer, elements: int, size: int, times: int | Fraction = 1) -> None:
@@ -136,20 +136,25 @@ def _round(k: Account) -> None:
 
 
 def _expand(k: Account) -> None:
-    expand(k, k.strips, k.tiles_per_walk)
+    expand(k, k.across, k.plan.strips, k.plan.tiles_per_walk)
 
 
-def expand(k: Account, strips: int, tiles_per_walk: int, copies: int = 1) -> None:
-    """A product with coefficients that all strips share, or each of them has a copy of."""
+def expand(k: Account, across: int, strips: int, tiles_per_walk: int, copies: int = 1) -> None:
+    """A product, in blocks of several strips side by side.
+
+    Args:
+        copies: of the coefficients, which all blocks share or each has a copy of.
+    """
     p, tokens = k.p, 16 * k.warps
     products, width = p.batch.count, padded(count(p.rows))
     tiles = cdiv(p.T, tokens)
+    walks = cdiv(tiles, tiles_per_walk)
     # Rows that fit stay in the block; others are read for each of its tiles.
-    walks = cdiv(tiles, tiles_per_walk) if width <= EXPAND_ROWS else tiles
-    k.load(p.h, copies * products * p.T * width, k.element, strips // copies)
-    k.load(p.rows.experts, products * p.rows.R * p.columns, k.element, walks)
-    k.load(p.rows.others, p.rows.extra * p.columns, k.element, walks)
-    k.load(p.masks.seed, 1, SEED, products * strips * cdiv(tiles, tiles_per_walk))
+    readings = walks if width <= EXPAND_ROWS else tiles
+    k.load(p.h, copies * products * p.T * width, k.element, across // copies)
+    k.load(p.rows.experts, products * p.rows.R * p.columns, k.element, readings)
+    k.load(p.rows.others, p.rows.extra * p.columns, k.element, readings)
+    k.load(p.masks.seed, 1, SEED, products * across * walks)
     if p.accumulate:
         k.load(p.y, products * p.T * p.columns, k.element)
     else:
@@ -160,7 +165,7 @@ def expand(k: Account, strips: int, tiles_per_walk: int, copies: int = 1) -> Non
     steps = sum(
         cdiv(end, 16) - begin // 16 for begin, end in columns_of(k, p.rows, p.masks, EXPAND_ROWS)
     )
-    k.multiply(products * tiles * k.warps * strips * steps * EXPAND_COLUMNS // 8)
+    k.multiply(products * tiles * k.warps * across * strips * steps * EXPAND_COLUMNS // 8)
     statistics(k, p.statistics)
 
 
@@ -179,7 +184,7 @@ def _outer(k: Account) -> None:
         rows, products = count(product.rows), product.batch.count
         if not rows:
             continue
-        strips, width = cdiv(product.columns, OUTER_COLUMNS), padded(rows)
+        strips, width = cdiv(product.columns, p.strips * OUTER_COLUMNS), padded(rows)
         k.load(product.v, products * p.T * product.columns, k.element, cdiv(rows, OUTER_ROWS))
         k.load(product.h, products * p.T * width, k.element, strips)
         k.load(product.masks.seed, 1, SEED, products * strips * cdiv(rows, OUTER_ROWS) * p.parts)
@@ -187,7 +192,8 @@ def _outer(k: Account) -> None:
             cdiv(end, 16) - begin // 16
             for begin, end in columns_of(k, product.rows, product.masks, OUTER_ROWS)
         )
-        k.multiply(products * strips * across * steps * OUTER_TOKENS // 16 * OUTER_COLUMNS // 8)
+        columns = strips * p.strips * OUTER_COLUMNS
+        k.multiply(products * across * steps * OUTER_TOKENS // 16 * columns // 8)
     for sums in p.sums:
         if sums.columns:
             k.load(sums.values, p.T * sums.columns, k.wide if sums.wide else k.element)
@@ -238,7 +244,7 @@ def _mix_and_expand(k: Account) -> None:
     k.loads.moved *= k.blocks
     k.load(k.partials, k.parts * p.T * k.columns, k.wide, k.blocks)
     k.store(k.mix.mixed, strips * p.T * width, k.element)
-    expand(k, strips, 1, strips)
+    expand(k, strips, 1, 1, strips)
 
 
 def table(k: Account, t: Any, rows: Rows) -> None:
@@ -354,6 +360,57 @@ def _output_gate_backward(k: Account, m: Any, rows: Rows) -> None:
     k.store(m.dhidden, rows.T * padded(R), k.element)
 
 
+# ---------------------------------------------------------------- merged factors
+
+# Of csrc/cuda/merged.cu: threads of a block, and merged factors that share a reading of experts.
+MERGE_THREADS, GROUP = 256, 8
+
+
+def _merged_hidden(k: Account, to: Any, rows: Rows) -> None:
+    r, T = k.p.rows.R, rows.T * k.p.batch.count
+    if to.dhidden is None:
+        k.store(to.hidden, T * r, k.wide)
+    elif to.low is not None:
+        k.load(to.hidden, T * r, k.wide)
+    k.store(to.dhidden, T * padded(r), k.element)
+    k.store(to.low, T * padded(r), k.element)
+
+
+def _passes(k: Account, m: Any, factor: Any, others: tuple[Any, ...]) -> int:
+    """Passes of all blocks over a factor, for each of which they read all weights of theirs."""
+    flat, chunk = m.r * factor.columns, 16 // k.element
+    aligned = all(p is None or p % 16 == 0 for p in (factor.experts, *others))
+    if factor.columns // m.splits % chunk == 0 and aligned:
+        return cdiv(flat, MERGE_THREADS * chunk)
+    return cdiv(flat, MERGE_THREADS)
+
+
+def _merge(k: Account) -> None:
+    m = k.p
+    if m.splits != 1:
+        raise NotImplementedError("segments of the features with weights of their own")
+    for factor in (m.down, m.up):
+        flat = m.r * factor.columns
+        k.load(factor.experts, m.E * flat, k.element, cdiv(m.rows, GROUP))
+        k.load(m.weights, m.rows * m.E, k.wide, _passes(k, m, factor, (factor.merged,)))
+        k.store(factor.merged, m.rows * flat, k.element)
+
+
+def _unmerge(k: Account) -> None:
+    p, m = k.p, k.p.factors
+    if m.splits != 1:
+        raise NotImplementedError("segments of the features with weights of their own")
+    for factor, to in ((m.down, p.ddown), (m.up, p.dup)):
+        flat = m.r * factor.columns
+        # Groups of experts read all gradients, and so does each expert's block of a weight.
+        readings = (to is not None) * cdiv(m.E, GROUP) + (p.dweights is not None) * m.E
+        k.load(p.gradients, p.parts * m.rows * flat, k.wide, readings)
+        k.load(p.dweights and factor.experts, m.E * flat, k.element, m.rows)
+        k.load(to and m.weights, m.rows * m.E, k.wide, _passes(k, m, factor, (to,)))
+        k.store(to, m.E * flat, k.element)
+    k.store(p.dweights, m.rows * m.E, k.wide)
+
+
 # Name of a kernel -> its formula.
 KERNELS = {
     "shrink_kernel": _shrink,
@@ -364,6 +421,8 @@ KERNELS = {
     "add_parts_kernel": _add_parts,
     "mix_kernel": _mix,
     "mix_and_expand_kernel": _mix_and_expand,
+    "merge_kernel": _merge,
+    "unmerge_kernel": _unmerge,
 }
 # What a functor behind a shrink holds -> its formula.
 MIXES = {
@@ -377,4 +436,5 @@ MIXES = {
     "GridBackward": _grid_backward,
     "OutputGateForward": _output_gate_forward,
     "OutputGateBackward": _output_gate_backward,
+    "MergedHidden": _merged_hidden,
 }
