@@ -48,8 +48,10 @@ def _experts(s: Size) -> dict[str, tuple[int, ...]]:
     return {"lora_down": (s.E, s.r, s.K), "lora_up": (s.E, s.r, s.N)}
 
 
-# Of a call whose weights are theirs.
-SEQUENCES = 4
+def _sequences(s: Size) -> int:
+    """Of a call whose weights are theirs."""
+    return min(s.T, 4)
+
 
 METHODS = {
     "topk": Method(
@@ -71,10 +73,10 @@ METHODS = {
     ),
     "merged": Method(
         functional.averaged,
-        lambda s: _experts(s) | {"weights": (SEQUENCES, s.E)},
+        lambda s: _experts(s) | {"weights": (_sequences(s), s.E)},
         lambda s: {"scale": 2.0},
         wide=frozenset({"weights"}),
-        tokens=lambda s: (SEQUENCES, s.T // SEQUENCES),
+        tokens=lambda s: (_sequences(s), s.T // _sequences(s)),
         operator="averaged",
     ),
     "grid": Method(

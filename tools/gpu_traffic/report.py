@@ -125,6 +125,7 @@ def call_name(call: Call) -> str:
 def operator_name(call: Call, operator: Operator) -> str:
     frozen = call.train == "x" and operator.name.endswith("_backward")
     strategy = "" if call.strategy == "auto" else f", {call.strategy}"
+    strategy += ", merged" * (call.method == "merged")
     return f"{operator.name}{', frozen' * frozen}{', dropout' * bool(call.dropout)}{strategy}"
 
 

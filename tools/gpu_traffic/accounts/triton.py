@@ -76,6 +76,7 @@ def expand(k: Account, strips: int, segments: int = 1, pairs: Sequence[int] = ()
         pairs: tokens of each expert that has any, if each has an `a` of its own.
     """
     runs = pairs or (k.T,)
+    T = sum(runs)
     walks, tiles = (sum(cdiv(run, size) for run in runs) for size in (k.walk, k.BT))
     for left, right, rows, groups, BR, experts in (
         (k.left_a, k.a, k.ROWS, k.GROUPS, k.BR, len(runs)),
@@ -84,15 +85,15 @@ def expand(k: Account, strips: int, segments: int = 1, pairs: Sequence[int] = ()
         if right is not None:
             # Rows that fit one product stay in the block; others are read for each of its tiles.
             kept = groups == 1 and rows <= BR
-            k.load(left, k.T * segments * groups * rows, strips // segments)
+            k.load(left, T * segments * groups * rows, strips // segments)
             times = Fraction(walks if kept else tiles, experts)
             k.load(right, experts * groups * rows * k.N, times)
             k.dot(tiles * k.BT, strips * k.BN, groups * cdiv(rows, BR) * BR)
     k.load(k.bias, k.N, walks)
     k.load(k.seed, 1, strips * walks)
     if k.ACCUMULATE:
-        k.load(k.y, k.T * k.N)
-    k.store(k.y, k.T * k.N)
+        k.load(k.y, T * k.N)
+    k.store(k.y, T * k.N)
 
 
 def _expand_rows(k: Account) -> None:
@@ -245,6 +246,62 @@ def _expand_segments(k: Account) -> None:
     expand(k, k.grid[0], pairs=experts_pairs(k, k.slot))
 
 
+# ---------------------------------------------------------------- merged factors
+
+
+def _merge(k: Account) -> None:
+    for experts, merged, features in ((k.down, k.merged_down, k.K), (k.up, k.merged_up, k.N)):
+        flat = k.RANK * features
+        k.load(experts, k.E * flat, cdiv(k.sequences, k.BS))
+        k.load(k.weights, k.sequences * k.E, cdiv(flat, k.BF))
+        k.store(merged, k.sequences * flat)
+
+
+def _shrink_sequences(k: Account) -> None:
+    tiles, columns, _ = k.grid
+    each = cdiv(k.length, k.BT)
+    T = tiles // each * k.length
+    k.load(k.x, T * k.K, columns)
+    k.load(k.merged, tiles // each * k.RANK * k.K, each)
+    k.dot(tiles * k.BT, columns * k.BA, cdiv(k.K, k.BK) * k.BK)
+    if k.dhidden is None:
+        k.store(k.hidden, T * k.RANK)
+    else:
+        k.load(k.hidden, T * k.RANK)
+        k.store(k.dhidden, T * k.RANK)
+    k.store(k.low, T * k.RANK)
+
+
+def _expand_sequences(k: Account) -> None:
+    walks, strips, _ = k.grid
+    expand(k, strips, pairs=[k.length] * (walks // cdiv(k.length, k.walk)))
+
+
+def _outer_sequences(k: Account) -> None:
+    T, parts, chunks = k.sequences * k.length, k.grid[1], cdiv(k.ROWS, k.BA)
+    for (wide, left, _, N, *_), out in ((k.side_0, k.out_0), (k.side_1, k.out_1)):
+        strips = cdiv(N, k.BN)
+        k.load(wide, T * N, chunks)
+        k.load(left, T * k.ROWS, strips)
+        k.dot(strips * k.BN, chunks * k.BA, k.sequences * _steps(k, k.length) * k.BT)
+        k.store(out, parts * k.sequences * k.ROWS * N)
+
+
+def _unmerge(k: Account) -> None:
+    for parts, experts, gradient, features in (
+        (k.down_parts, k.down, k.dlora_down, k.K), (k.up_parts, k.up, k.dlora_up, k.N),
+    ):  # fmt: skip
+        flat = k.RANK * features
+        # Groups of experts read all gradients, and so does each expert's block of a weight.
+        groups = cdiv(k.E, k.BE) if gradient is not None else 0
+        readings = groups + (k.E if k.dweights is not None else 0)
+        k.load(parts, k.PARTS * k.sequences * flat, readings)
+        k.load(gradient if gradient is None else k.weights, k.sequences * k.E, cdiv(flat, k.BF))
+        k.load(k.dweights if k.dweights is None else experts, k.E * flat, k.sequences)
+        k.store(gradient, k.E * flat)
+    k.store(k.dweights, k.sequences * k.E)
+
+
 # Module and name of a kernel -> its formula.
 KERNELS = {
     ("shrink", "shrink_parts"): _shrink_parts,
@@ -271,6 +328,13 @@ KERNELS = {
     ("averaged", "mix"): by_tiles,
     ("averaged", "mix_and_expand"): as_executed,
     ("averaged", "mix_backward"): by_tiles,
+    ("merged", "merge"): _merge,
+    ("merged", "shrink_sequences"): _shrink_sequences,
+    ("merged", "expand_sequences"): _expand_sequences,
+    ("merged", "merge_and_shrink"): as_executed,
+    ("merged", "merge_and_expand"): as_executed,
+    ("merged", "outer_sequences"): _outer_sequences,
+    ("merged", "unmerge"): _unmerge,
     ("grid", "mix"): by_tiles,
     ("grid", "mix_and_expand"): as_executed,
     ("grid", "mix_backward"): by_tiles,
