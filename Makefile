@@ -41,7 +41,7 @@ test: $(VENV)/.test $(VENV)/.model  ## the test suite
 bench: $(VENV)/.bench  ## microbenchmark of METHOD: mola mor1e mole orchmoe gated pemt
 	$(BIN)/python -m moelora_ops.bench $(METHOD) $(ARGS)
 
-gpu-traffic: $(VENV)/.test  ## what the GPU kernels move, without a GPU: docs/gpu_traffic.md
+gpu-traffic: $(VENV)/.test  ## what the GPU kernels move, without a GPU but with nvcc: docs/gpu_traffic.md
 	$(BIN)/python -m tools.gpu_traffic $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff and clang-format, without changing anything

@@ -92,11 +92,13 @@ this page.
   grouped topk of two choices, {grouped_forward} and {grouped_backward}.
 
 The launches are those that the package itself makes for these shapes on an H200 (sm_90).  What each
-of them moves is a formula over its arguments (`tools/gpu_traffic/accounts.py`), which
-`tests/test_gpu_traffic.py` holds against what the [emulator](gpu_emulator.md) counts on small
-shapes: loads, stores and tensor-core operations, to the byte.  With dropout a tile has fewer tokens
-(`MASKED_ROWS` in `moelora_ops/backends/triton/tiles.py` says why).  Grouped, all pairs of an expert
-and a choice have as many tokens.
+of them moves is a formula over its arguments (`tools/gpu_traffic/accounts`), which
+`tests/test_gpu_traffic.py` and `tests/test_cuda_traffic.py` hold against what the
+[emulator](gpu_emulator.md) counts on small shapes: loads, stores and tensor-core operations, to the
+byte.  With dropout Triton's tiles have fewer tokens (`MASKED_ROWS` in
+`moelora_ops/backends/triton/tiles.py` says why).  Grouped, all pairs of an expert and a choice have
+as many tokens.  Merged is averaged with weights per sequence, of which there are four.  A dash: the
+back end has no such path.
 
 **The model is not a time, and nothing here was timed.**  It is arithmetic on assumed rates of one
 H200: for each launch the slowest of device memory ({memory:.1f} TB/s), L2 ({l2} TB/s), what one

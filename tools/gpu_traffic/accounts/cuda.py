@@ -15,6 +15,7 @@ from tools.gpu_traffic import accounts
 # strip of an expand, and rows of it at a time; rows and columns of an outer product's tile and
 # tokens of its steps.
 SHRINK_COLUMNS = EXPAND_COLUMNS = EXPAND_ROWS = OUTER_ROWS = OUTER_COLUMNS = 128
+WGMMA_COLUMNS = 192
 OUTER_TOKENS = 32
 SHRINK_FEATURES = 64
 MMA = 2 * 16 * 8 * 16
@@ -100,8 +101,22 @@ def columns_of(k: Account, rows: Any, masks: Any, size: int) -> Iterator[tuple[i
 
 
 def _shrink(k: Account) -> None:
-    p, (tiles, column_tiles, parts) = k.p, k.grid
-    products = p.batch.count
+    tiles, column_tiles, _ = k.grid
+    across = sum(
+        cdiv(end, 8) - begin // 8
+        for begin, end in columns_of(k, k.p.rows, k.p.masks, SHRINK_COLUMNS)
+    )
+    shrink(k, tiles, column_tiles, across)
+
+
+def _wgmma_shrink(k: Account) -> None:
+    column_tiles = cdiv(count(k.p.rows), WGMMA_COLUMNS)
+    shrink(k, k.grid[0] // column_tiles, column_tiles, column_tiles * WGMMA_COLUMNS // 8)
+
+
+def shrink(k: Account, tiles: int, column_tiles: int, across: int) -> None:
+    """A product in tiles of tokens and of columns, which are `across` products of 8 wide."""
+    p, parts, products = k.p, k.grid[2], k.p.batch.count
     k.load(p.v, products * p.T * p.columns, k.element, column_tiles)
     k.load(p.rows.experts, products * p.rows.R * p.columns, k.element, Fraction(tiles, products))
     k.load(p.rows.others, p.rows.extra * p.columns, k.element, tiles)
@@ -109,9 +124,6 @@ def _shrink(k: Account) -> None:
     length = p.columns if parts == 1 else segment_length(p.columns)
     steps = sum(
         cdiv(min(length, p.columns - part * length), SHRINK_FEATURES) for part in range(parts)
-    )
-    across = sum(
-        cdiv(end, 8) - begin // 8 for begin, end in columns_of(k, p.rows, p.masks, SHRINK_COLUMNS)
     )
     k.multiply(tiles * k.warps * steps * (SHRINK_FEATURES // 16) * across)
     if k.finish is None:
@@ -414,6 +426,7 @@ def _unmerge(k: Account) -> None:
 # Name of a kernel -> its formula.
 KERNELS = {
     "shrink_kernel": _shrink,
+    "wgmma_shrink_kernel": _wgmma_shrink,
     "add_kernel": _add,
     "round_kernel": _round,
     "expand_kernel": _expand,
