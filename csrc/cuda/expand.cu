@@ -23,7 +23,7 @@ ExpandPlan plan_expand(const Expand& p, Device device) {
       const int64_t per_walk = ceil_div(tiles, most), walks = ceil_div(tiles, per_walk);
       const bool enough = 10 * across * walks >= 9 * wanted;
       const bool fits = shape.shared_bytes() * S::kMostWarps / warps <= device.shared_bytes;
-      if (!usual && !(enough && fits && shape.resident())) continue;
+      if (!usual && !(enough && fits && (strips == 1 || shape.resident()))) continue;
       const int64_t readings = p.batch.count * (shape.resident() ? walks : tiles);
       const int64_t moved = across * p.T + readings * p.columns;
       if (usual || moved < least) {

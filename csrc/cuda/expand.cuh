@@ -30,12 +30,16 @@ struct ExpandTile {
         warps(warps),
         strips(strips) {}
   __host__ __device__ bool resident() const { return width <= kRows; }
+  // Of a strip's rows and the coefficients: where a multiprocessor has one block, what comes next
+  // travels while this is multiplied.
+  __host__ __device__ int buffers() const { return !resident() && warps == kMostWarps ? 2 : 1; }
   __host__ __device__ int tokens() const { return 16 * warps; }
   __host__ __device__ int h_pitch() const { return rows + kChunk<T>; }
   __host__ __device__ int strip_size() const { return rows * kPitch; }
   __host__ __device__ int h_size() const { return tokens() * h_pitch(); }
+  __host__ __device__ int buffer_size() const { return strips * strip_size() + h_size(); }
   int64_t shared_bytes() const {
-    return (strips * strip_size() + h_size()) * sizeof(T) + tokens() * kStagePitch * sizeof(A);
+    return buffers() * buffer_size() * sizeof(T) + tokens() * kStagePitch * sizeof(A);
   }
 };
 
@@ -150,39 +154,49 @@ __device__ __forceinline__ void expand_walk(const Expand& p, const Tokens& token
   using S = ExpandTile<T>;
   using A = acc_t<T>;
   const S shape(p.rows, blockDim.x / 32, strips);
-  T* strip = reinterpret_cast<T*>(shared);
-  T* all_h = strip + strips * shape.strip_size();
-  T* h = all_h + warp_id() * 16 * shape.h_pitch();
-  A* stage = reinterpret_cast<A*>(all_h + shape.h_size()) + warp_id() * 16 * S::kStagePitch;
+  T* memory = reinterpret_cast<T*>(shared);
+  A* stage = reinterpret_cast<A*>(memory + shape.buffers() * shape.buffer_size()) +
+             warp_id() * 16 * S::kStagePitch;
   const RowAddress<T> address(p.rows, p.columns);
   const bool rows_aligned = address.aligned(), resident = shape.resident();
   const int count = p.rows.count();
   Dropout dropout = {};
   if (kMasked) dropout = load_dropout(p.masks);
 
-  const auto copy_strips = [&](int c0, int rows) {
-    for (int i = 0; i < strips; ++i)
-      copy_rows(strip + i * shape.strip_size(), S::kPitch, rows, S::kColumns, n0 + i * S::kColumns,
-                p.columns, rows_aligned, threadIdx.x, blockDim.x,
-                [&](int i) { return c0 + i < count ? address(c0 + i) : nullptr; });
+  const auto strips_of = [&](int step) {
+    return memory + step % shape.buffers() * shape.buffer_size();
   };
-  const auto copy_h = [&](int64_t t0, int c0, int rows) {
+  const auto h_of = [&](int step) {
+    return strips_of(step) + strips * shape.strip_size() + warp_id() * 16 * shape.h_pitch();
+  };
+  const auto first_of = [&](int64_t tile) { return tile * shape.tokens() + warp_id() * 16; };
+  const auto copy_h = [&](int64_t tile, int c0, int step) {
     const T* from = static_cast<const T*>(p.h);
-    copy_rows(h, shape.h_pitch(), 16, rows, c0, shape.width, true, lane_id(), 32,
+    const int64_t t0 = first_of(tile);
+    copy_rows(h_of(step), shape.h_pitch(), 16, min(shape.width - c0, S::kRows), c0, shape.width,
+              true, lane_id(), 32,
               [&](int i) { return t0 + i < tokens.end ? from + tokens(t0 + i) * p.ldh : nullptr; });
   };
+  const auto copy = [&](int64_t tile, int c0, int step) {
+    for (int i = 0; i < strips; ++i)
+      copy_rows(strips_of(step) + i * shape.strip_size(), S::kPitch,
+                min(shape.width - c0, S::kRows), S::kColumns, n0 + i * S::kColumns, p.columns,
+                rows_aligned, threadIdx.x, blockDim.x,
+                [&](int row) { return c0 + row < count ? address(c0 + row) : nullptr; });
+    copy_h(tile, c0, step);
+  };
 
+  int step = 0;
   for (int64_t tile = first; tile < last; ++tile)
     for (int i = 0; i < strips; ++i) {
-      const int64_t t0 = tile * shape.tokens() + warp_id() * 16, n = n0 + i * S::kColumns;
+      const int64_t t0 = first_of(tile), n = n0 + i * S::kColumns;
       A sums[S::kTiles][4] = {}, total[S::kTiles][4] = {};
-      for (int c0 = 0; c0 < shape.width; c0 += S::kRows) {
+      for (int c0 = 0; c0 < shape.width; c0 += S::kRows, ++step) {
         const int rows = min(shape.width - c0, S::kRows);
-        const bool shared_is_new = !resident || (tile == first && i == 0);
-        if (shared_is_new) {
+        const bool shared_is_new = !resident || step == 0;
+        if (step == 0 || (shared_is_new && shape.buffers() == 1)) {
           __syncthreads();
-          copy_strips(c0, rows);
-          copy_h(t0, c0, rows);
+          copy(tile, c0, step);
         }
         ptx::copy_async_commit();
         ptx::copy_async_wait<0>();
@@ -190,7 +204,13 @@ __device__ __forceinline__ void expand_walk(const Expand& p, const Tokens& token
           __syncthreads();
         else
           __syncwarp();
-        const T* own = strip + i * shape.strip_size();
+        if (shape.buffers() == 2) {
+          if (c0 + S::kRows < shape.width)
+            copy(tile, c0 + S::kRows, step + 1);
+          else if (tile + 1 < last)
+            copy(tile + 1, 0, step + 1);
+        }
+        const T *own = strips_of(step) + i * shape.strip_size(), *h = h_of(step);
         if (!kMasked) {
           expand_rows<T>(sums, h, shape.h_pitch(), own, 0, rows, false);
         } else {
@@ -205,8 +225,7 @@ __device__ __forceinline__ void expand_walk(const Expand& p, const Tokens& token
       }
       // The next tile's coefficients travel while this one's last sums are written.
       __syncwarp();
-      if (resident && i + 1 == strips && tile + 1 < last)
-        copy_h(t0 + shape.tokens(), 0, shape.width);
+      if (resident && i + 1 == strips && tile + 1 < last) copy_h(tile + 1, 0, step);
       write_tokens<T>(p, tokens, t0, n, kMasked ? total : sums, stage);
     }
 }

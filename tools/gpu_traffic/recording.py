@@ -33,12 +33,14 @@ class Operator:
         launches: records of the emulator.
         torch_kernels: operations of PyTorch inside it that are launches too.
         least: bytes; see :func:`least_bytes`.
+        tensors: what it took and made, kept for accounts that depend on what is in it.
     """
 
     name: str
     launches: list
     torch_kernels: list[str]
     least: int
+    tensors: tuple
 
 
 @dataclass
@@ -111,6 +113,7 @@ class _Recorder(TorchDispatchMode):
                 self.launches[first:],
                 self.torch_kernels,
                 least_bytes(func, args, results),
+                (args, results),
             )
         )
         self.torch_kernels = self.recording.around

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 CSRC = Path(__file__).parents[3] / "csrc"
 HEADERS = [CSRC / "mix" / f"{name}.h" for name in ("gated", "grid", "output_gate", "row_map")]
-HEADERS.append(CSRC / "cuda" / "kernels.h")
+HEADERS += [CSRC / "cuda" / name for name in ("kernels.h", "routing.cu")]
 
 _SCALARS = {
     "bool": ctypes.c_bool, "double": ctypes.c_double, "int": ctypes.c_int,
@@ -35,7 +35,7 @@ class Given(NamedTuple):
     Attributes:
         values: by the kernel's names; structs as ctypes, a functor as the struct that it holds, or
             None if it holds nothing.
-        element: bytes of the type that the kernel is for.
+        element: bytes of the type that the kernel is for; 0 if it is for none.
         flags: the template arguments that are booleans.
     """
 
@@ -143,6 +143,9 @@ def read(kernel: str, symbol: str, arguments: list[bytes]) -> Given:
             raise TypeError(f"{kernel}: {name} has {len(data)} bytes, not those of {type}")
         value = type.from_buffer_copy(data)
         values[name] = getattr(value, "value", value)
-    first, flags = re.search(rf"{kernel}I({_TYPES})((?:Lb[01]E)*)", symbol).groups()
+    template = re.search(rf"{kernel}I({_TYPES})((?:Lb[01]E)*)", symbol)
+    if not template:
+        return Given(values, 0, ())
+    first, flags = template.groups()
     element = 2 if re.search("__nv_bfloat16|__half", symbol) else {"f": 4, "d": 8}[first]
     return Given(values, element, tuple(flag == "1" for flag in re.findall("[01]", flags)))

@@ -4,6 +4,7 @@ Where all warps of a block read what depends on no token, say the columns of a t
 for each of their rounds.
 """
 
+import ctypes
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -191,21 +192,35 @@ def statistics(k: Account, s: Any) -> None:
 
 def _outer(k: Account) -> None:
     p = k.p
-    steps = sum(cdiv(min(p.chunk, p.T - begin), OUTER_TOKENS) for begin in range(0, p.T, p.chunk))
+    segmented = p.segments.order is not None
+    lengths = runs(k, p.T, 1).pairs if segmented else [p.T]
+    steps = sum(
+        cdiv(min(p.chunk, length - begin), OUTER_TOKENS)
+        for length in lengths
+        for begin in range(0, length, p.chunk)
+    )
     for product in p.products:
-        rows, products = count(product.rows), product.batch.count
+        rows = count(product.rows)
         if not rows:
             continue
-        strips, width = cdiv(product.columns, p.strips * OUTER_COLUMNS), padded(rows)
-        k.load(product.v, products * p.T * product.columns, k.element, cdiv(rows, OUTER_ROWS))
-        k.load(product.h, products * p.T * width, k.element, strips)
-        k.load(product.masks.seed, 1, SEED, products * strips * cdiv(rows, OUTER_ROWS) * p.parts)
-        across = sum(
+        # With segments a product is an expert's, which sees its own pairs.
+        products = 1 if segmented else product.batch.count
+        T = sum(lengths)
+        tiles, across = cdiv(rows, OUTER_ROWS), cdiv(product.columns, p.strips * OUTER_COLUMNS)
+        distinct = products * p.T * product.columns
+        k.load(product.v, distinct, k.element, Fraction(T, p.T) * tiles)
+        k.load(product.h, products * T * padded(rows), k.element, across)
+        k.load(product.masks.seed, 1, SEED, product.batch.count * across * tiles * p.parts)
+        if segmented:
+            # For addresses in each strip of v and in h.
+            k.load(p.segments.order, T, INDEX, (p.strips + 1) * across * tiles)
+            k.load(p.segments.starts, 2 * p.segments.E, INDEX, across * tiles * p.parts)
+        deep = sum(
             cdiv(end, 16) - begin // 16
             for begin, end in columns_of(k, product.rows, product.masks, OUTER_ROWS)
         )
-        columns = strips * p.strips * OUTER_COLUMNS
-        k.multiply(products * across * steps * OUTER_TOKENS // 16 * columns // 8)
+        columns = across * p.strips * OUTER_COLUMNS
+        k.multiply(products * deep * steps * OUTER_TOKENS // 16 * columns // 8)
     for sums in p.sums:
         if sums.columns:
             k.load(sums.values, p.T * sums.columns, k.wide if sums.wide else k.element)
@@ -266,16 +281,20 @@ def table(k: Account, t: Any, rows: Rows) -> None:
         k.load(t.values, rows.T * t.columns, k.wide)
 
 
+def _topk_routing(k: Account, m: Any, rows: Rows, slots: int) -> None:
+    k.store(m.prob_partials, rows.blocks * m.E, k.wide)
+    k.store(m.count_partials, rows.blocks * slots * m.E, INDEX)
+    k.store(m.weights, rows.T * m.k, k.wide)
+    k.store(m.selected, rows.T * m.k, INDEX)
+    k.store(m.logits, rows.T * m.E, k.wide)
+
+
 def _topk_forward(k: Account, m: Any, rows: Rows) -> None:
-    R, kept = m.E * m.r, m.E if m.stacked else m.k
+    R = m.E * m.r
     k.store(m.mixed, rows.T * padded(R), k.element)
     if m.hidden is not None:
-        k.store(m.prob_partials, rows.blocks * m.E, k.wide)
-        k.store(m.count_partials, rows.blocks * m.E, INDEX)
-        k.store(m.weights, rows.T * m.k, k.wide)
-        k.store(m.selected, rows.T * m.k, INDEX)
-        k.store(m.logits, rows.T * m.E, k.wide)
-        k.store(m.hidden, rows.T * kept * m.r, k.wide)
+        _topk_routing(k, m, rows, 1)
+        k.store(m.hidden, rows.T * R, k.wide)
 
 
 def _topk_backward(k: Account, m: Any, rows: Rows) -> None:
@@ -372,6 +391,107 @@ def _output_gate_backward(k: Account, m: Any, rows: Rows) -> None:
     k.store(m.dhidden, rows.T * padded(R), k.element)
 
 
+# ---------------------------------------------------------------- segments
+
+
+class Runs(NamedTuple):
+    """Pairs of each expert that has any, in tiles of a size."""
+
+    pairs: list[int]
+    tiles: int
+    experts: int
+
+    @property
+    def each(self) -> Fraction:
+        """How often an expert's rows are read on average."""
+        return Fraction(self.tiles, self.experts)
+
+
+def runs(k: Account, T: int, size: int, slot: int | None = None) -> Runs:
+    """Of a slot or of all; evenly if nothing was executed."""
+    s = k.segments if "segments" in k.arguments else k.p.segments
+    segments, pairs = s.E * s.k, T * s.k
+    places = [i * pairs // segments for i in range(segments + 1)]
+    if k.launch.counts is not None:
+        places = list((ctypes.c_int32 * (segments + 1)).from_address(s.starts))
+    slots = s.k if slot is None else 1
+    found = [places[i + slots] - places[i] for i in range(slot or 0, segments, s.k)]
+    return Runs(found, sum(cdiv(n, size) for n in found), sum(n > 0 for n in found))
+
+
+def load_tiles(k: Account, found: Runs, columns: int) -> None:
+    """Every block finds its tile, if there is one, and lists its tokens."""
+    s = k.segments
+    k.load(s.starts, 2 * s.E, INDEX, k.blocks + Fraction(found.tiles * columns, s.E))
+    k.load(s.order, sum(found.pairs), INDEX, columns)
+
+
+def _sort(k: Account) -> None:
+    p = k.p
+    s = p.segments
+    k.load(p.tile_counts, p.tiles * s.k * s.E, INDEX, k.blocks)
+    k.load(p.selected, p.T * s.k, INDEX)
+    k.store(s.order, p.T * s.k, INDEX)
+    k.store(s.starts, s.E * s.k + 1, INDEX)
+    k.store(p.counts, s.E, COUNT)
+
+
+def _shrink_segments(k: Account) -> None:
+    p, to, columns = k.p, k.to, k.grid[1]
+    found = runs(k, p.T, 16 * k.warps)
+    pairs, r = sum(found.pairs), p.rows.R
+    load_tiles(k, found, columns)
+    k.loads.moved += pairs * INDEX * columns  # for addresses in hidden
+    k.load(p.v, p.T * p.columns, k.element, k.segments.k * columns)
+    k.load(p.rows.experts, found.experts * r * p.columns, k.element, found.each)
+    k.load(p.masks.seed, 1, SEED, found.tiles * columns)
+    k.load(to.mixed and to.weights, pairs, k.wide, columns)
+    across = sum(
+        cdiv(end, 8) - begin // 8 for begin, end in columns_of(k, p.rows, p.masks, SHRINK_COLUMNS)
+    )
+    steps = cdiv(p.columns, SHRINK_FEATURES)
+    k.multiply(found.tiles * k.warps * steps * (SHRINK_FEATURES // 16) * across)
+    k.store(to.hidden, pairs * r, k.wide)
+    k.store(to.mixed, pairs * padded(r), k.element)
+
+
+def _expand_segments(k: Account) -> None:
+    p, tokens = k.p, 16 * k.warps
+    found = runs(k, p.T, k.size, k.slot)
+    width = padded(count(p.rows))
+    steps = sum(cdiv(n, tokens) for n in found.pairs)
+    # Rows that fit stay in the block; others are read for each of its steps.
+    readings = found.tiles if width <= EXPAND_ROWS else steps
+    s = k.segments
+    blocks = k.blocks - bool(p.statistics.blocks)
+    k.load(s.starts, 2 * s.E, INDEX, blocks + Fraction(found.tiles * k.strips, s.E))
+    k.load(s.order, p.T, INDEX, k.strips)
+    k.load(p.h, p.T * width, k.element, k.strips)
+    each = Fraction(readings, found.experts)
+    k.load(p.rows.experts, found.experts * p.rows.R * p.columns, k.element, each)
+    k.load(p.rows.others, p.rows.extra * p.columns, k.element, readings)
+    k.load(p.masks.seed, 1, SEED, found.tiles * k.strips)
+    if p.accumulate:
+        k.load(p.y, p.T * p.columns, k.element)
+    k.store(p.y, p.T * p.columns, k.element)
+    deep = sum(
+        cdiv(end, 16) - begin // 16 for begin, end in columns_of(k, p.rows, p.masks, EXPAND_ROWS)
+    )
+    k.multiply(steps * k.warps * k.strips * deep * EXPAND_COLUMNS // 8)
+    statistics(k, p.statistics)
+
+
+def _grouped_backward(k: Account, m: Any, rows: Rows) -> None:
+    pairs = rows.T * m.k
+    k.load(m.selected, pairs, INDEX)
+    k.load(m.weights, pairs, k.wide, 5)
+    k.load(m.hidden, pairs * m.r, k.wide, 1 if m.mixed is None else 2)
+    k.store(m.dhidden, pairs * padded(m.r), k.element)
+    k.store(m.mixed, pairs * padded(m.r), k.element)
+    k.store(m.first, rows.T * padded(m.r + m.E), k.element)
+    k.store(m.dlogits, rows.T * padded(m.E), k.element)
+
+
 # ---------------------------------------------------------------- merged factors
 
 # Of csrc/cuda/merged.cu: threads of a block, and merged factors that share a reading of experts.
@@ -434,6 +554,9 @@ KERNELS = {
     "add_parts_kernel": _add_parts,
     "mix_kernel": _mix,
     "mix_and_expand_kernel": _mix_and_expand,
+    "sort_kernel": _sort,
+    "shrink_segments_kernel": _shrink_segments,
+    "expand_segments_kernel": _expand_segments,
     "merge_kernel": _merge,
     "unmerge_kernel": _unmerge,
 }
@@ -441,6 +564,8 @@ KERNELS = {
 MIXES = {
     "TopkForward": _topk_forward,
     "TopkBackward": _topk_backward,
+    "TopkRouting": lambda k, m, rows: _topk_routing(k, m, rows, m.k),
+    "GroupedBackward": _grouped_backward,
     "GatedForward": _gated_forward,
     "GatedBackward": _gated_backward,
     "AveragedForward": _averaged_forward,
