@@ -27,6 +27,7 @@ EXECUTED = [
         (Call("topk", Size(140, 72, 136, 20)), FEW, arch) for arch in (80, 90)
     ),  # several tiles of rows
     (Call("topk", Size(768, 64, 512, 4, 4), bias=True), FEW, 90),  # blocks of four strips
+    (Call("topk", Size(200, 264, 136, 12), strategy="grouped"), SOME, 80),
     *((Call("topk", Size(T, 264, 328), train=""), MANY, 90) for T in (1, 32)),
     *((Call(method, RAGGED, bias=True), FEW, 90) for method in METHODS),
     (Call("averaged", Size(130, 64, 48, 8, 8), train="x"), MANY, 80),
@@ -63,6 +64,18 @@ def test_budgets(figures, method, direction):
     assert f.distinct <= report.MOST_DISTINCT * f.least
     if method != "output_gate":  # has twice the rows
         assert f.moved <= report.MOST_MOVED * f.least
+
+
+def test_grouped_moves_less_for_many_experts(figures):
+    """And its model is ahead of the stacked path's."""
+    for direction in ("forward", "backward"):
+        stacked, grouped = (
+            figures(usual("topk", report.LARGE, E=64, r=16, strategy=s))[f"topk_{direction}"]
+            for s in ("stacked", "grouped")
+        )
+        assert grouped.launches <= report.MOST_LAUNCHES[f"grouped_{direction}"]
+        assert grouped.moved < stacked.moved and grouped.flops < stacked.flops / 4
+        assert grouped.seconds[1] < stacked.seconds[0]
 
 
 def test_a_launch_is_known_by_its_declaration(cuda_library):

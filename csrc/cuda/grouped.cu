@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(32 * ShrinkTile<T>::kMostWarps, 1)
                             exists[1] ? segments.order[at + 8] : 0};
   const A* weights = static_cast<const A*>(to.weights);
   const A scale = static_cast<A>(to.scale), inv_keep = static_cast<A>(to.inv_keep);
-  const A gates[2] = {to.mixed ? scale * weights[pairs[0]] : A(0),
-                      to.mixed ? scale * weights[pairs[1]] : A(0)};
+  const A gates[2] = {to.mixed && exists[0] ? scale * weights[pairs[0]] : A(0),
+                      to.mixed && exists[1] ? scale * weights[pairs[1]] : A(0)};
   const int ldm = static_cast<int>(padded(r));
   for_each_sum(total, [&](int row, int c, A sum) {
     const bool second = row >= 8;

@@ -484,8 +484,12 @@ def _expand_segments(k: Account) -> None:
 def _grouped_backward(k: Account, m: Any, rows: Rows) -> None:
     pairs = rows.T * m.k
     k.load(m.selected, pairs, INDEX)
-    k.load(m.weights, pairs, k.wide, 5)
-    k.load(m.hidden, pairs * m.r, k.wide, 1 if m.mixed is None else 2)
+    # A warp's lanes that have the same slot read its weight together.
+    ldm, outputs = padded(m.r), 1 if m.mixed is None else 2
+    together = {(c // 32, c // ldm) for c in range(m.k * ldm) if c % ldm < m.r}
+    first = 0 if m.first is None else Fraction(cdiv(m.r, 32), m.k)
+    k.load(m.weights, pairs, k.wide, 2 + Fraction(len(together), m.k) * outputs + first)
+    k.load(m.hidden, pairs * m.r, k.wide, outputs)
     k.store(m.dhidden, pairs * padded(m.r), k.element)
     k.store(m.mixed, pairs * padded(m.r), k.element)
     k.store(m.first, rows.T * padded(m.r + m.E), k.element)
