@@ -107,16 +107,19 @@ def _shrink(k: Account) -> None:
         cdiv(end, 8) - begin // 8
         for begin, end in columns_of(k, k.p.rows, k.p.masks, SHRINK_COLUMNS)
     )
-    shrink(k, tiles, column_tiles, across)
+    shrink(k, tiles, column_tiles, tiles * k.warps * across)
 
 
 def _wgmma_shrink(k: Account) -> None:
     column_tiles = cdiv(count(k.p.rows), WGMMA_COLUMNS)
-    shrink(k, k.grid[0] // column_tiles, column_tiles, column_tiles * WGMMA_COLUMNS // 8)
+    # Groups of four warps that have a token.
+    warps = 4 * k.p.batch.count * cdiv(k.p.T, 64)
+    across = column_tiles * WGMMA_COLUMNS // 8
+    shrink(k, k.grid[0] // column_tiles, column_tiles, warps * across)
 
 
-def shrink(k: Account, tiles: int, column_tiles: int, across: int) -> None:
-    """A product in tiles of tokens and of columns, which are `across` products of 8 wide."""
+def shrink(k: Account, tiles: int, column_tiles: int, multiplied: int) -> None:
+    """A product in tiles of tokens and of columns, in so many products of 16 x 8 sums."""
     p, parts, products = k.p, k.grid[2], k.p.batch.count
     k.load(p.v, products * p.T * p.columns, k.element, column_tiles)
     k.load(p.rows.experts, products * p.rows.R * p.columns, k.element, Fraction(tiles, products))
@@ -126,7 +129,7 @@ def shrink(k: Account, tiles: int, column_tiles: int, across: int) -> None:
     steps = sum(
         cdiv(min(length, p.columns - part * length), SHRINK_FEATURES) for part in range(parts)
     )
-    k.multiply(tiles * k.warps * steps * (SHRINK_FEATURES // 16) * across)
+    k.multiply(multiplied * steps * (SHRINK_FEATURES // 16))
     if k.finish is None:
         k.store(p.partials, parts * p.T * products * count(p.rows), k.wide)
     else:
