@@ -28,6 +28,7 @@ EXECUTED = [
     ),  # several tiles of rows
     (Call("topk", Size(768, 64, 512, 4, 4), bias=True), FEW, 90),  # blocks of four strips
     (Call("topk", Size(200, 264, 136, 12), strategy="grouped"), SOME, 80),
+    *((Call(m, Size(12, 264, 136), train=""), MANY, 80) for m in METHODS if m != "topk"),
     *((Call("topk", Size(T, 264, 328), train=""), MANY, 90) for T in (1, 32)),
     *((Call(method, RAGGED, bias=True), FEW, 90) for method in METHODS),
     (Call("averaged", Size(130, 64, 48, 8, 8), train="x"), MANY, 80),
@@ -99,9 +100,10 @@ def test_a_kernel_without_a_row_is_an_error(cuda_library):
         cuda.account(launch)
 
 
-def test_few_tokens(cuda_library):
+@pytest.mark.parametrize("method", METHODS)
+def test_few_tokens(cuda_library, method):
     """Two launches, whose blocks take in less than what a third launch would cost."""
-    (operator,) = record_cuda(cuda_library, usual("topk", 32, train="")).operators
+    (operator,) = record_cuda(cuda_library, usual(method, 32, train="")).operators
     assert len(operator.launches) == report.MOST_LAUNCHES["decode"]
     for launch in operator.launches:
         a = cuda.account(launch)

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * ExpandTile<T>::kWarps, 2)
   }
   merge_own<T>(factors, true, row, 0, r, n0, min(p.columns, n0 + ExpandTile<T>::kColumns));
   p.h = low;
-  expand_block<T, false>(p, blockIdx.x, strips, 1, shared);
+  expand_block<T, false>(p, blockIdx.x, strips, {ExpandTile<T>::kWarps, 1, 1}, shared);
 }
 
 // What shrinks with merged factors leave behind.

@@ -24,7 +24,7 @@ _KERNEL = re.compile(
     r"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+_kernel)"
     r"\(([^)]*)\)"
 )
-_FUNCTOR = re.compile(r"struct (\w+) \{\s*using A = acc_t<T>;\s*(\w+) \w+;")
+_FUNCTOR = re.compile(r"struct (\w+)(?: : [^{]+)? \{\s*(?:using A = acc_t<T>;\s*)?(\w+) \w+;")
 _TYPES = "13__nv_bfloat16|6__half|f|d"
 _HELD = re.compile(r"_[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}\d+([A-Z]\w*?)I")
 

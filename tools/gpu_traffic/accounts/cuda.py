@@ -130,9 +130,9 @@ def shrink(k: Account, tiles: int, column_tiles: int, multiplied: int) -> None:
         cdiv(min(length, p.columns - part * length), SHRINK_FEATURES) for part in range(parts)
     )
     k.multiply(multiplied * steps * (SHRINK_FEATURES // 16))
-    if k.finish is None:
+    if k.finish is None or type(k.finish).__name__ == "Merged":
         k.store(p.partials, parts * p.T * products * count(p.rows), k.wide)
-    else:
+    if k.finish is not None:
         mix(k, k.finish, p.T, 16 * k.warps)
 
 
@@ -269,12 +269,12 @@ def _mix(k: Account) -> None:
 
 def _mix_and_expand(k: Account) -> None:
     """Every block adds and mixes by itself; one saves what is kept, the others multiply."""
-    p, width, strips = k.p, padded(count(k.p.rows)), k.blocks - 1
+    p, others = k.p, k.blocks - 1
     mix(k, k.mix, p.T, p.T)
     k.loads.moved *= k.blocks
     k.load(k.partials, k.parts * p.T * k.columns, k.wide, k.blocks)
-    k.store(k.mix.mixed, strips * p.T * width, k.element)
-    expand(k, strips, 1, 1, strips)
+    k.store(k.mix.mixed, others * p.T * p.ldh, k.element)
+    expand(k, k.strips, 1, 1, k.strips)
 
 
 def table(k: Account, t: Any, rows: Rows) -> None:
@@ -535,6 +535,40 @@ def _merge(k: Account) -> None:
         k.store(factor.merged, m.rows * flat, k.element)
 
 
+def own_merging(k: Account, m: Any, factor: Any, shares: list[tuple[int, int]]) -> None:
+    """Blocks that merge what they meet, for each row of the table: rows by columns of a factor."""
+    if m.splits != 1:
+        raise NotImplementedError("segments of the features with weights of their own")
+    flat, chunk = m.r * factor.columns, 16 // k.element
+    aligned = factor.experts % 16 == 0 and factor.merged % 16 == 0
+    width = chunk if factor.columns % chunk == 0 and aligned else 1
+    passes = sum(cdiv(rows * (columns // width), k.launch.threads) for rows, columns in shares)
+    k.load(factor.experts, m.E * flat, k.element, m.rows)
+    k.load(m.weights, m.rows * m.E, k.wide, passes)
+    k.store(factor.merged, m.rows * flat, k.element)
+
+
+def cut(size: int, piece: int) -> list[int]:
+    return [min(piece, size - begin) for begin in range(0, size, piece)]
+
+
+def _merge_rows(k: Account, m: Any, rows: Rows) -> None:
+    columns = k.p.columns
+    length = columns if k.grid[2] == 1 else segment_length(columns)
+    shares = [(r, part) for r in cut(m.r, SHRINK_COLUMNS) for part in cut(columns, length)]
+    own_merging(k, m, m.down, shares)
+
+
+def _merge_and_expand(k: Account) -> None:
+    p, m, strips = k.p, k.factors, k.strips
+    tokens = p.T * m.rows
+    k.load(k.partials, k.parts * tokens * m.r, k.wide, strips)
+    k.store(k.to.hidden, tokens * m.r, k.wide)
+    k.store(k.to.low, strips * tokens * p.ldh, k.element)
+    own_merging(k, m, m.up, [(m.r, columns) for columns in cut(p.columns, EXPAND_COLUMNS)])
+    expand(k, strips, 1, 1, strips)
+
+
 def _unmerge(k: Account) -> None:
     p, m = k.p, k.p.factors
     if m.splits != 1:
@@ -565,6 +599,7 @@ KERNELS = {
     "shrink_segments_kernel": _shrink_segments,
     "expand_segments_kernel": _expand_segments,
     "merge_kernel": _merge,
+    "merge_and_expand_kernel": _merge_and_expand,
     "unmerge_kernel": _unmerge,
 }
 # What a functor behind a shrink holds -> its formula.
@@ -582,4 +617,5 @@ MIXES = {
     "OutputGateForward": _output_gate_forward,
     "OutputGateBackward": _output_gate_backward,
     "MergedHidden": _merged_hidden,
+    "Merged": _merge_rows,
 }
