@@ -348,8 +348,8 @@ def _gates(shape: Any) -> int:
 
 def _grid_forward(k: Account, m: Any, rows: Rows) -> None:
     table(k, m.intuition, rows)
-    k.load(m.omega, 1, k.element, k.blocks)
-    k.load(m.beta, 1, k.element, k.blocks)
+    k.load(m.omega, 1, k.element, rows.blocks)
+    k.load(m.beta, 1, k.element, rows.blocks)
     k.store(m.hidden, rows.T * (m.shape.r1 + _gates(m.shape)), k.wide)
     k.store(m.mixed, rows.T * padded(m.shape.r2), k.element)
 
@@ -357,8 +357,8 @@ def _grid_forward(k: Account, m: Any, rows: Rows) -> None:
 def _grid_backward(k: Account, m: Any, rows: Rows) -> None:
     columns = m.shape.r1 + _gates(m.shape)
     table(k, m.intuition, rows)
-    k.load(m.omega, 1, k.element, k.blocks)
-    k.load(m.beta, 1, k.element, k.blocks)
+    k.load(m.omega, 1, k.element, rows.blocks)
+    k.load(m.beta, 1, k.element, rows.blocks)
     k.load(m.hidden, rows.T * columns, k.wide)
     k.store(m.dhidden, rows.T * padded(columns), k.element)
     k.store(m.mixed, rows.T * padded(m.shape.r2), k.element)
