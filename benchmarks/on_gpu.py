@@ -44,7 +44,7 @@ TESTS = {
         "tests/test_gpu_grouped.py",
     ],
     "triton": ["tests/test_triton.py"],
-    "cuda": ["tests/test_cuda.py"],
+    "cuda": ["tests/test_cuda.py", "tests/test_cuda_wgmma.py"],
 }
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 EMULATOR, ONCE = "the_emulator", "every_operator_once"  # in names of tests

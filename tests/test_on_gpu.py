@@ -199,7 +199,8 @@ def test_bad_arguments(monkeypatch, tmp_path, capsys):
 def test_all_tests_that_know_a_gpu_run():
     """Those of the emulator itself, of compiled kernels and of counts need none."""
     without = {
-        "test_devices.py", "test_gpu_traffic.py", "test_triton_compile.py", "test_tune_tiles.py"
+        "test_cuda_traffic.py", "test_devices.py", "test_gpu_traffic.py", "test_triton_compile.py",
+        "test_tune_tiles.py",
     }  # fmt: skip
     known = re.compile(r"^(?:from|import) (?:triton_gpu|cuda_gpu|gpus)\b", re.MULTILINE)
     folder = ROOT / "tests"
