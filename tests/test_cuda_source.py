@@ -58,7 +58,7 @@ PLANTED = {
             "fused", r"heap-buffer-overflow.*WRITE.*csrc/cuda/expand\.cuh",
         ),
         "too little shared memory": (
-            Edit("expand.cuh", "kTokens * kStagePitch", "(kTokens - 1) * kStagePitch"),
+            Edit("expand.cuh", "tokens() * kStagePitch", "(tokens() - 1) * kStagePitch"),
             "fused", r"heap-buffer-overflow.*csrc/cuda/expand\.cuh",
         ),
         "index beyond an array": (

@@ -72,6 +72,8 @@ def is_stacked(
     """
     if strategy != "auto":
         return strategy == "stacked"
+    if "grouped" not in PATHS[backend]:
+        return True
     if backend == "cpu":
         return 8 * top_k > 7 * num_experts
     rows = num_experts * rank
