@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
   const ScalarType wide = accumulator_of(x);
   Tensor workspace = empty({dhidden_size + dlogits_size + p.T * rows * p.r}, wide);
   const auto at = [&](int64_t offset) {
-    return data<char>(workspace) + offset * (wide == ScalarType::Double ? 8 : 4);
+    return data<char>(workspace) + offset * accumulator_size(dtype_of(x));
   };
   p.dhidden = at(0);
   p.dlogits = at(dhidden_size);

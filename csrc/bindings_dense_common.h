@@ -34,9 +34,7 @@ inline const void* read_like(const OptionalTensor& t, const Tensor& x,
 }
 
 // Bytes of an element in the accumulator type of x.
-inline int64_t accumulator_size(const Tensor& x) {
-  return accumulator_of(x) == ScalarType::Double ? 8 : 4;
-}
+inline int64_t accumulator_size(const Tensor& x) { return accumulator_size(dtype_of(x)); }
 
 // Token vectors [T, columns] that are read: x, or dy.
 struct Vectors {
