@@ -178,6 +178,39 @@ def test_non_contiguous(name, variant):
         assert torch.equal(MIXES[name].function(**given.tensors | {"x": x}, **given.options), want)
 
 
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_a_token_without_leading_dimensions(name, variant, backend):
+    """x [K] and weights [E], or [splits, E], as x [1, K] and weights [1, E]."""
+    inputs = make_inputs(name, variant, Size((1,), 24, 40, 3, 2), torch.float32)
+    if MIXES[name].variants[variant].get("granularity") == "sequence":
+        pytest.skip("a sequence has a length")
+    leading = {"x", *(inputs.wide & {"weights", "intuition"})} - (
+        {"weights", "intuition"} if "row_map" in inputs.options else set()
+    )
+    with use_backend(backend), torch.no_grad():
+        want = MIXES[name].function(**inputs.tensors, **inputs.options)
+        bare = {n: t[0] if n in leading else t for n, t in inputs.tensors.items()}
+        assert torch.equal(MIXES[name].function(**bare, **inputs.options), want[0])
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("name", ("gated", "averaged", "grid"))
+def test_a_row_map_may_have_the_shape_of_x(name, backend):
+    inputs = make_inputs(name, "token", Size((2, 3), 24, 40, 3, 2), torch.float32)
+    table = "intuition" if name == "grid" else "weights"
+    tensors = inputs.tensors | {table: inputs.tensors[table][0]}
+    rows = torch.tensor([[2, 0, 0], [1, 2, 1]], dtype=torch.int32)
+    with use_backend(backend), torch.no_grad():
+        got, want = (
+            MIXES[name].function(**tensors, **inputs.options, row_map=row_map)
+            for row_map in (rows, rows.flatten())
+        )
+        per_token = dict(tensors) | {table: tensors[table][rows.long()]}
+        assert torch.equal(got, want)
+        torch.testing.assert_close(got, MIXES[name].function(**per_token, **inputs.options))
+
+
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_compiles_whole(name, variant):
     """fullgraph with dynamic shapes, forward and backward."""

@@ -41,7 +41,8 @@ def averaged(
             are x's, per token; or ``[batch, E]`` for x ``[batch, length, K]``, per sequence; or
             ``[rows, E]`` with `row_map`.  Any floating dtype; never rounded to 16 bits.
         scale: of the product of the merged factors.
-        row_map: int32 ``[T]``, the row of `weights` that each token reads.
+        row_map: int32 ``[T]`` or x's leading dimensions, the row of `weights` that each token
+            reads.
         splits: Q, divides K and N.
         base_output: ``[..., N]``, output of a frozen layer that is not a plain linear; replaces
             weight and bias.

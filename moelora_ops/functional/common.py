@@ -207,7 +207,8 @@ def row_weights(
     wide = ops.accumulator_dtype(x.dtype)
     if row_map is None and weights.dtype == wide and weights.shape == (*x.shape[:-1], *columns):
         # The usual case in the fewest steps.
-        table = weights if weights.dim() == 2 else weights.reshape(-1, math.prod(columns))
+        is_table = weights.dim() == 2 and len(columns) == 1
+        table = weights if is_table else weights.reshape(-1, math.prod(columns))
         return Weights(table.contiguous(), None)
     check_floating(name, weights, x.device)
     columns = tuple(columns)

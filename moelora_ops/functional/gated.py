@@ -45,7 +45,8 @@ def gated(
             dtype; never rounded to 16 bits.
         scale: one number, or ``[E]``.
         activation: φ between the factors: None, ``"relu"``, ``"gelu"`` (erf) or ``"gelu_tanh"``.
-        row_map: int32 ``[T]``, the row of `weights` that each token reads: packed batches, tasks.
+        row_map: int32 ``[T]`` or x's leading dimensions, the row of `weights` that each token
+            reads: packed batches, tasks.
         down_bias: ``[E, r]``, added before the activation.
         up_bias: ``[E, N]``, weighted like its expert.
         dropout: probability of dropping an expert's input, in [0, 1), in steps of 2**-16; one mask

@@ -50,7 +50,8 @@ def mor1e(
         token_scale, task_scale: of the token's and the sequence's part; 32 and 4 in the authors'
             code, whatever the number of gates.
         mode: ``"grid"``, any down row with any up row; ``"rank1"``, row i with row i.
-        row_map: int32 ``[T]``, the row of `intuition` that each token reads.
+        row_map: int32 ``[T]`` or x's leading dimensions, the row of `intuition` that each token
+            reads.
         base_output: ``[..., N]``, output of a frozen layer that is not a plain linear; replaces
             weight and bias.
 

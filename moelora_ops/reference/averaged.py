@@ -40,7 +40,7 @@ def averaged(
             ``[batch, length, K]``, per sequence; or ``[rows, E]`` with `row_map`.  With splits
             ``[..., Q, E]``.
         scale: one number.
-        row_map: integers ``[T]``, the row of `weights` that each of x's T tokens takes.
+        row_map: see :func:`gated`.
         splits: Q of multi-head routing (MHR, 2211.03831): input and output features fall into Q
             equal segments, and segment q of A (its columns) and of B (its rows) is merged with
             ``weights[..., q, :]``.

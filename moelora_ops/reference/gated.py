@@ -49,7 +49,8 @@ def gated(
             ``[batch, length, K]``, per sequence; or ``[rows, E]`` with `row_map`.
         scale: one number, or E of them.
         activation: φ: None (LoRA), ``"relu"``, ``"gelu"`` (erf) or ``"gelu_tanh"``.
-        row_map: integers ``[T]``, the row of `weights` that each of x's T tokens takes.
+        row_map: integers ``[T]`` or x's leading dimensions, the row of `weights` that each of x's
+            T tokens takes.
         down_bias: a, ``[E, r]``.
         up_bias: b, ``[E, N]``; scaled and weighted like the expert's output.
         dropout: probability of dropping an expert's input, one mask for all experts of a token.
@@ -94,7 +95,7 @@ def weights_per_token(
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     row = weights.shape[weights.dim() - trailing :]
     if row_map is not None:
-        return weights[row_map.long()]
+        return weights[row_map.reshape(-1).long()]
     if weights.dim() - trailing == x.dim() - 1:
         return weights.reshape(-1, *row)
     return weights[:, None].expand(*x.shape[:2], *row).reshape(-1, *row)

@@ -84,7 +84,8 @@ def mor1e(
             dimensions, or ``[rows, G]`` with `row_map`; None means zeros.
         token_scale, task_scale: 32 and 4 in the authors' code, in every mode.
         mode: ``"grid"`` or ``"rank1"``.
-        row_map: integers ``[T]``, the row of `intuition` that each of x's T tokens takes.
+        row_map: integers ``[T]`` or x's leading dimensions, the row of `intuition` that each of
+            x's T tokens takes.
         base_output: ``[..., N]``, the frozen layer's output if it is not a plain linear.
 
     Returns:
