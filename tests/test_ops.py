@@ -53,6 +53,10 @@ def test_long_sums():
     assert_within_budget(Shape(2100, 1500, 1100, 4, 8, 2), torch.float32)
 
 
+def test_many_rows_per_token():
+    assert_within_budget(Shape(12, 24, 40, 128, 24, 90), torch.float32, strategy="grouped")
+
+
 ISA_LEVELS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 

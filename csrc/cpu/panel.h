@@ -8,6 +8,11 @@
 namespace moelora {
 namespace MOELORA_LEVEL {
 
+// Entries whose terms are summed one after the other; a token of more adds up the sums of such
+// runs, or a few thousand rows would err several times as much as experts that are added one by
+// one.
+constexpr int kRunEntries = 128;
+
 // Rows widened to the accumulator type; one entry is one row.
 template <class T>
 struct WidePanel {
@@ -41,17 +46,30 @@ struct WidePanel {
   template <int kTokens, int kWidth>
   static MOELORA_INLINE void tile(int n, const int32_t* entry, const word* h, int64_t ldh,
                                   const A* panel, const T* init, int64_t ldi, T* y, int64_t ldy) {
-    vec<A> sums[kTokens][kWidth] = {};
-    for (int p = 0; p < n; ++p) {
-      const A* row = panel + static_cast<int64_t>(entry ? entry[p] : p) * kEntry;
+    vec<A> sums[kTokens][kWidth], total[kTokens][kWidth];
+    for (int begin = 0; begin == 0 || begin < n; begin += kRunEntries) {
+      const int end = n - begin < kRunEntries ? n : begin + kRunEntries;
       MOELORA_UNROLL
-      for (int v = 0; v < kWidth; ++v) {
-        const vec<A> r =
-            kTokens > 1 ? in_register(load(row + v * kLanes<A>)) : load(row + v * kLanes<A>);
+      for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
+        for (int v = 0; v < kWidth; ++v) sums[i][v] = vec<A>{};
+      for (int p = begin; p < end; ++p) {
+        const A* row = panel + static_cast<int64_t>(entry ? entry[p] : p) * kEntry;
         MOELORA_UNROLL
-        for (int i = 0; i < kTokens; ++i)
-          sums[i][v] = sums[i][v] + in_register(splat(h[i * ldh + p])) * r;
+        for (int v = 0; v < kWidth; ++v) {
+          const vec<A> r =
+              kTokens > 1 ? in_register(load(row + v * kLanes<A>)) : load(row + v * kLanes<A>);
+          MOELORA_UNROLL
+          for (int i = 0; i < kTokens; ++i)
+            sums[i][v] = sums[i][v] + in_register(splat(h[i * ldh + p])) * r;
+        }
       }
+      if (n <= kRunEntries) break;
+      MOELORA_UNROLL
+      for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
+        for (int v = 0; v < kWidth; ++v) {
+          if (begin) sums[i][v] = total[i][v] + sums[i][v];
+          total[i][v] = sums[i][v];
+        }
     }
     MOELORA_UNROLL
     for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
@@ -69,18 +87,20 @@ struct WidePanel {
   static MOELORA_INLINE void masked_tile(int segments, int n, const int32_t* entry, const word* h,
                                          const A* panel, const A* mask, const T* init, T* y) {
     vec<A> sums[kVectors] = {};
-    for (int g = 0; g < segments; ++g, entry += n, h += n, mask += kColumns) {
-      vec<A> part[kVectors] = {};
-      for (int p = 0; p < n; ++p) {
-        const A* row = panel + static_cast<int64_t>(entry[p]) * kEntry;
+    for (int g = 0; g < segments; ++g, entry += n, h += n, mask += kColumns)
+      for (int begin = 0; begin < n; begin += kRunEntries) {
+        const int end = n - begin < kRunEntries ? n : begin + kRunEntries;
+        vec<A> part[kVectors] = {};
+        for (int p = begin; p < end; ++p) {
+          const A* row = panel + static_cast<int64_t>(entry[p]) * kEntry;
+          MOELORA_UNROLL
+          for (int v = 0; v < kVectors; ++v)
+            part[v] = part[v] + splat(h[p]) * load(row + group(v));
+        }
         MOELORA_UNROLL
         for (int v = 0; v < kVectors; ++v)
-          part[v] = part[v] + splat(h[p]) * load(row + group(v));
+          sums[v] = sums[v] + part[v] * load(mask + group(v));
       }
-      MOELORA_UNROLL
-      for (int v = 0; v < kVectors; ++v)
-        sums[v] = sums[v] + part[v] * load(mask + group(v));
-    }
     MOELORA_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       if (init) sums[v] = sums[v] + load(init + group(v));
