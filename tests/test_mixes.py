@@ -38,6 +38,14 @@ def test_the_other_dtypes_match_reference(name, size, dtype):
     assert_within_budget(name, next(iter(MIXES[name].variants)), size, dtype)
 
 
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    (("gated", "token"), ("gated", "dropout"), ("averaged", "token")),
+)
+def test_a_sum_over_thousands_of_rows_errs_no_more_than_one_over_experts(name, variant):
+    assert_within_budget(name, variant, Size((12,), 24, 40, 128, 24), torch.float32)
+
+
 @pytest.mark.parametrize("level", ISA_LEVELS)
 def test_every_isa_level(level):
     """Some of the cases at each level, in a process of its own as the level is chosen once."""
@@ -192,6 +200,20 @@ def test_a_token_without_leading_dimensions(name, variant, backend):
         want = MIXES[name].function(**inputs.tensors, **inputs.options)
         bare = {n: t[0] if n in leading else t for n, t in inputs.tensors.items()}
         assert torch.equal(MIXES[name].function(**bare, **inputs.options), want[0])
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("name", ("gated", "averaged", "grid"))
+def test_weights_that_are_none_are_refused_by_name(name, backend):
+    inputs = make_inputs(name, "token", SMALL, torch.float32)
+    table = "intuition" if name == "grid" else "weights"
+    with use_backend(backend):
+        for wrong in ("a", [1.0], inputs.tensors[table].long()):
+            with pytest.raises(TypeError, match=f"^{table}: wanted"):
+                MIXES[name].function(**inputs.tensors | {table: wrong}, **inputs.options)
+        with pytest.raises(ValueError, match=f"^{table}: wanted device cpu like x, got meta"):
+            other = inputs.tensors | {table: inputs.tensors[table].to("meta")}
+            MIXES[name].function(**other, **inputs.options)
 
 
 @pytest.mark.parametrize("backend", ("cpu", "reference"))

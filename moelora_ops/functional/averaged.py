@@ -106,6 +106,7 @@ def _check(x, weight, bias, lora_down, lora_up, weights, scale, row_map, splits,
     )  # fmt: skip
     _check_splits(splits, in_features, out_features)
     columns = (num_experts,) if splits == 1 else (splits, num_experts)
+    common.check_floating("weights", weights, x.device)
     common.row_weights("weights", weights, x, row_map, columns)
     common.check_finite("scale", scale)
 

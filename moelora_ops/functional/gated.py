@@ -132,5 +132,6 @@ def _check(
     common.check_one_of("activation", activation, common.ACTIVATIONS)
     common.check_dropout(dropout)
     common.check_seed(seed, dropout, x.device)
+    common.check_floating("weights", weights, x.device)
     common.row_weights("weights", weights, x, row_map, (num_experts,))
     common.expert_scales(scale, num_experts, x)

@@ -143,4 +143,5 @@ def _check(
     common.check_finite("token_scale", token_scale)
     common.check_finite("task_scale", task_scale)
     if intuition is not None:
+        common.check_floating("intuition", intuition, x.device)
         common.row_weights("intuition", intuition, x, row_map, (gates,))
