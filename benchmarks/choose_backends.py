@@ -29,24 +29,24 @@ WORTH = 0.97  # of the other one's time; less is noise
 Key = tuple[str, str]  # mix, architecture
 
 
-def documents(path: Path) -> list[dict[str, Any]]:
-    """The benchmark's documents in a file.
+def times(path: Path) -> Iterator[tuple[Key, dict[str, float]]]:
+    """Of our layer per back end, in milliseconds, for every case on which several competed.
 
     Raises:
-        ValueError: it is no result of a benchmark.
+        ValueError: the file has no results of a benchmark, or some that do not say what was
+            measured where.
     """
     try:
-        found = json.loads(path.read_text())
-        found = list(found["documents"].values()) if "documents" in found else [found]
-        for document in found:
-            document["cases"], document["device"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: wanted results of a benchmark ({error!r})") from error
-    return found
+        content = json.loads(path.read_text())
+        for document in content["documents"].values() if "documents" in content else [content]:
+            yield from _times(document)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: wanted results of a benchmark, with mix and architecture ({error!r})"
+        ) from error
 
 
-def times(document: dict[str, Any]) -> Iterator[tuple[Key, dict[str, float]]]:
-    """Of our layer per back end, in milliseconds, for every case on which several competed."""
+def _times(document: dict[str, Any]) -> Iterator[tuple[Key, dict[str, float]]]:
     device = document["device"] or {}
     for record in document["cases"]:
         taken = {
@@ -84,10 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", default=Path(measured.__file__))
     arguments = parser.parse_args(argv)
     try:
-        read = [document for path in arguments.results for document in documents(path)]
+        chosen = choose([found for path in arguments.results for found in times(path)])
     except ValueError as error:
         parser.error(str(error))
-    chosen = choose([found for document in read for found in times(document)])
     if not chosen:
         parser.error("RESULTS: several back ends competed in none of the cases")
     table = dict(measured.TABLE)

@@ -79,14 +79,29 @@ def test_what_does_not_count(run):
     assert run(found) == {}
 
 
+NAMELESS = {name: value for name, value in SLOWER.items() if name != "mix"}
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", json.dumps(document("sm_90")), json.dumps({"cases": []})]
+    ("content", "message"),
+    [
+        ("", "wanted results"),
+        ("{", "wanted results"),
+        ("[]", "wanted results"),
+        ("{}", "wanted results"),
+        (json.dumps({"cases": []}), "wanted results"),
+        (json.dumps({"documents": {"a": document("sm_90", NAMELESS)}}), "KeyError('mix')"),
+        (json.dumps({"device": {"name": "H200"}, "cases": [SLOWER]}), "KeyError('architecture')"),
+        (json.dumps({"device": None, "cases": [SLOWER]}), "KeyError('architecture')"),
+        (json.dumps(document("sm_90")), "competed in none"),
+    ],
 )
-def test_bad_results(content, tmp_path, capsys):
+def test_bad_results(content, message, tmp_path, capsys):
     path, out = tmp_path / "bad.json", tmp_path / "measured.py"
     path.write_text(content)
     with pytest.raises(SystemExit):
         choose_backends.main([str(path), "--out", str(out)])
     assert not out.exists()
     error = capsys.readouterr().err
-    assert "bad.json: wanted results" in error or "competed in none" in error
+    assert message in error
+    assert "bad.json" in error or message == "competed in none"
