@@ -38,6 +38,19 @@ def backend(request):
     moelora_ops.set_default_backend(None)
 
 
+@pytest.fixture(params=("cuda", "triton"))
+def gpu_backend(request):
+    return request.param
+
+
+@pytest.fixture
+def gpu(gpu_backend, request):
+    """Makes a GPU that the back end runs on, see ``gpus.make_gpu``."""
+    import gpus
+
+    return gpus.make_gpu(gpu_backend, request)
+
+
 @pytest.fixture(scope="session")
 def cuda_library(request):
     """The CUDA back end for the emulator, built once for the sources as they are."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import Shape, assert_within_budget, make_inputs, reference_run, run
-from gpus import make_gpu, names, opcheck
+from gpus import names, opcheck
 
 from moelora_ops import functional, ops
 from moelora_ops.backends import extension
@@ -20,16 +20,6 @@ SEED = torch.tensor([0x1234567890ABCDE])
 TOKEN = {"dropout": 0.3, "dropout_mode": "token", "seed": SEED}
 EXPERT = {"dropout": 0.3, "dropout_mode": "expert", "seed": SEED}
 BALANCE, SWITCH = {"balance": True}, {"renormalize": False}
-
-
-@pytest.fixture(params=("cuda", "triton"))
-def backend(request):
-    return request.param
-
-
-@pytest.fixture
-def gpu(backend, request):
-    return make_gpu(backend, request)
 
 
 # Shapes of the shared list, but for ranks that take several blocks and products.
@@ -50,7 +40,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("backend", "shape", "arch", "dtype", "multiprocessors", "options"),
+    ("gpu_backend", "shape", "arch", "dtype", "multiprocessors", "options"),
     [(backend, *case) for backend, cases in CASES.items() for case in cases],
     ids=str,
 )
@@ -127,39 +117,41 @@ def assert_sorted(inputs, saved, counts):
 
 @pytest.mark.parametrize("inputs", (make_inputs(STANDARD, BF16), skewed()), ids=("even", "skewed"))
 @pytest.mark.parametrize(
-    ("backend", "blocks"), [("cuda", 1), ("cuda", 18), ("triton", 1), ("triton", 2)]
+    ("gpu_backend", "blocks"), [("cuda", 1), ("cuda", 18), ("triton", 1), ("triton", 2)]
 )
-def test_pairs_are_sorted_by_expert_then_slot_then_token(gpu, backend, inputs, blocks, monkeypatch):
+def test_pairs_are_sorted_by_expert_then_slot_then_token(
+    gpu, gpu_backend, inputs, blocks, monkeypatch
+):
     """One block of a slot walks all tokens, or every tile has a block of its own."""
-    if backend == "triton":
+    if gpu_backend == "triton":
         from moelora_ops.backends.triton import grouped
 
         monkeypatch.setattr(grouped, "_SORTING", blocks)
-    with gpu(90, 1 if backend == "cuda" and blocks == 1 else None) as device:
-        saved, counts, _ = ops.of(backend).topk_forward(*operator_arguments(inputs))
+    with gpu(90, 1 if gpu_backend == "cuda" and blocks == 1 else None) as device:
+        saved, counts, _ = ops.of(gpu_backend).topk_forward(*operator_arguments(inputs))
     grid = device.launches[names(device).index("sort")].grid
-    assert grid == ((STANDARD.k, blocks, 1) if backend == "triton" else (blocks, STANDARD.k, 1))
+    assert grid == ((STANDARD.k, blocks, 1) if gpu_backend == "triton" else (blocks, STANDARD.k, 1))
     assert_sorted(inputs, saved, counts)
 
 
-@pytest.mark.parametrize("backend", ["cuda"])
-def test_blocks_that_sort_walk_over_several_tiles(gpu, backend):
+@pytest.mark.parametrize("gpu_backend", ["cuda"])
+def test_blocks_that_sort_walk_over_several_tiles(gpu, gpu_backend):
     """75 tiles of four tokens in 25 blocks; and more experts than a block has threads."""
     inputs = make_inputs(Shape(300, 16, 24, 270, 1, 2), BF16)
     with gpu(90) as device:
-        saved, counts, _ = ops.of(backend).topk_forward(*operator_arguments(inputs))
+        saved, counts, _ = ops.of(gpu_backend).topk_forward(*operator_arguments(inputs))
     assert device.launches[2].grid == (25, 2, 1)
     assert_sorted(inputs, saved, counts)
 
 
 @pytest.mark.skipif(bool(extension.why_missing()), reason=extension.why_missing())
-def test_keeps_what_the_cpu_keeps(gpu, backend):
+def test_keeps_what_the_cpu_keeps(gpu, gpu_backend):
     """The same choices; hidden, logits, weights and y no further off than PyTorch's would be."""
     T, _, _, E, r, k = STANDARD
     inputs = make_inputs(STANDARD, F32)
     y = [torch.zeros_like(inputs.dy) for _ in range(2)]
     with gpu(80):
-        saved, counts, _ = ops.of(backend).topk_forward(*operator_arguments(inputs, y=y[0]))
+        saved, counts, _ = ops.of(gpu_backend).topk_forward(*operator_arguments(inputs, y=y[0]))
     there, counts_there, _ = ops.of("cpu").topk_forward(*operator_arguments(inputs, y=y[1]))
     got = views(saved)
     *parts, selected = there.split((T * k * r, T * E, T * k, T * k))
@@ -183,7 +175,7 @@ def test_keeps_what_the_cpu_keeps(gpu, backend):
 
 
 @pytest.mark.parametrize(
-    ("backend", "T", "options", "route", "mix", "outer"),
+    ("gpu_backend", "T", "options", "route", "mix", "outer"),
     [
         ("cuda", 70, {}, ["shrink", "mix"], "mix", ["outer", "add_parts"]),
         ("cuda", 70, {"multiprocessors": 1}, ["shrink"], "mix", ["outer", "add_parts"]),
@@ -251,7 +243,7 @@ def test_repeated_calls_have_the_same_bits(gpu):
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-def test_a_token_that_is_not_finite_spoils_no_other(gpu, backend):
+def test_a_token_that_is_not_finite_spoils_no_other(gpu, gpu_backend):
     """Its experts' gradients are NaN, as are its own rows; all else keeps its bits."""
     inputs = make_inputs(STANDARD, BF16)
     inputs.router[:, 5] = -1
@@ -263,7 +255,7 @@ def test_a_token_that_is_not_finite_spoils_no_other(gpu, backend):
     others = [t for t in range(70) if t not in (3, 66)]
     with gpu(90):
         got = adapter(spoiled)
-        saved, counts, _ = ops.of(backend).topk_forward(*operator_arguments(spoiled))
+        saved, counts, _ = ops.of(gpu_backend).topk_forward(*operator_arguments(spoiled))
     assert all(torch.equal(g[others], w[others]) for g, w in zip(got[:2], want, strict=False))
     assert all(g[[3, 66]].isnan().all() for g in got[:2])
     assert counts.sum() == 140
@@ -274,7 +266,7 @@ def test_a_token_that_is_not_finite_spoils_no_other(gpu, backend):
         assert g[chosen].isnan().any((1, 2)).all() and g[2:].isfinite().all()
 
 
-def test_strided_rows(gpu, backend):
+def test_strided_rows(gpu, gpu_backend):
     """Rows that are apart; what lies between those of y is left alone."""
     inputs = make_inputs(STANDARD, BF16)
     memory = torch.randn(70, 208).to(BF16)
@@ -283,7 +275,7 @@ def test_strided_rows(gpu, backend):
     before, y = outputs.clone(), outputs[:, :136]
     want = y.contiguous()
     with gpu(90):
-        forward = ops.of(backend).topk_forward
+        forward = ops.of(gpu_backend).topk_forward
         forward(*operator_arguments(inputs, y=want))
         forward(*operator_arguments(inputs._replace(x=memory[:, :200]), y=y))
     assert torch.equal(y, want) and torch.equal(outputs[:, 136:], before[:, 136:])
@@ -297,18 +289,18 @@ def backward_arguments(inputs, saved, prob_sums):
     )  # fmt: skip
 
 
-def test_opcheck(gpu, backend):
+def test_opcheck(gpu, gpu_backend):
     inputs = make_inputs(STANDARD, BF16)
     with gpu(90) as device:
         arguments = operator_arguments(inputs)
-        opcheck(device, backend, "topk_forward", arguments)
-        saved, _, prob_sums = ops.of(backend).topk_forward(*arguments)
-        opcheck(device, backend, "topk_backward", backward_arguments(inputs, saved, prob_sums))
+        opcheck(device, gpu_backend, "topk_forward", arguments)
+        saved, _, prob_sums = ops.of(gpu_backend).topk_forward(*arguments)
+        opcheck(device, gpu_backend, "topk_backward", backward_arguments(inputs, saved, prob_sums))
 
 
-def test_backward_called_directly_does_not_leave_its_memory(gpu, backend):
+def test_backward_called_directly_does_not_leave_its_memory(gpu, gpu_backend):
     """`saved` without the order, as other kernels leave it; dx and dy of fewer tokens."""
-    inputs, operators = make_inputs(STANDARD, BF16), ops.of(backend)
+    inputs, operators = make_inputs(STANDARD, BF16), ops.of(gpu_backend)
     with gpu(90) as device:
         saved, _, prob_sums = operators.topk_forward(*operator_arguments(inputs))
         device.launches.clear()
@@ -322,9 +314,9 @@ def test_backward_called_directly_does_not_leave_its_memory(gpu, backend):
         assert not device.launches
 
 
-def test_more_pairs_than_an_int32_counts_are_refused(gpu, backend):
+def test_more_pairs_than_an_int32_counts_are_refused(gpu, gpu_backend):
     inputs = make_inputs(STANDARD, BF16)
     x, y = (t[:1].expand(2**30, -1) for t in (inputs.x, inputs.dy))
     with gpu(90) as device, pytest.raises(RuntimeError, match="x: wanted at most 1073741823"):
-        ops.of(backend).topk_forward(*operator_arguments(inputs._replace(x=x), y=y))
+        ops.of(gpu_backend).topk_forward(*operator_arguments(inputs._replace(x=x), y=y))
     assert not device.launches

@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 import torch
-from gpus import make_gpu, names, opcheck
+from gpus import names, opcheck
 from mixes import MIXES, SIZES, Size, assert_within_budget, make_inputs, recorded_calls, run
 
 from moelora_ops import ops
@@ -30,14 +30,6 @@ TABLE = {"gated": "weights", "averaged": "weights", "grid": "intuition"}
 DRAWS = {"grid": 4, "output_gate": 2}
 
 
-@pytest.fixture
-def gpu(backend, request):
-    return make_gpu(backend, request)
-
-
-BACKENDS = ("cuda", "triton")
-
-
 def on_backends(**cases):
     """(backend, *case) of each."""
     return [(backend, *case) for backend, own in cases.items() for case in own]
@@ -45,7 +37,7 @@ def on_backends(**cases):
 
 # With one multiprocessor blocks are as large as for many tokens.
 @pytest.mark.parametrize(
-    ("backend", "name", "variant", "size", "arch", "dtype", "multiprocessors"),
+    ("gpu_backend", "name", "variant", "size", "arch", "dtype", "multiprocessors"),
     on_backends(
         cuda=[
             ("gated", "sequence", NO_TOKENS, 90, BF16, None),
@@ -157,7 +149,7 @@ CUDA_FEW_MERGED = ["shrink", "merge_and_expand"]
 
 
 @pytest.mark.parametrize(
-    ("backend", "name", "variant", "multiprocessors", "want"),
+    ("gpu_backend", "name", "variant", "multiprocessors", "want"),
     on_backends(
         cuda=[
             ("gated", "map-relu", 132, [*CUDA_FEW, *CUDA_BACKWARD]),
@@ -196,7 +188,7 @@ def test_launches(gpu, name, variant, multiprocessors, want):
 
 
 @pytest.mark.parametrize(
-    ("backend", "name", "variant", "size", "want"),
+    ("gpu_backend", "name", "variant", "size", "want"),
     on_backends(
         cuda=[
             ("gated", "token", Size((24,), 16, 24, 128, 22), ["wgmma_shrink", "mix", "expand"]),
@@ -236,17 +228,16 @@ def adapter(name, inputs, rows):
     return y.detach(), *torch.autograd.grad(y, x, dy)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("name", "variant"),
     [("gated", "map-relu"), ("averaged", "map"), ("grid", "map"), ("output_gate", "l2")],
 )
-def test_a_token_does_not_depend_on_its_neighbours(gpu, backend, name, variant):
+def test_a_token_does_not_depend_on_its_neighbours(gpu, gpu_backend, name, variant):
     """The same bits alone and among others, whatever the tiles and wherever the mix runs."""
     inputs = make_inputs(name, variant, STANDARD._replace(lead=(70,)), BF16)
     with gpu(90):
         whole = adapter(name, inputs, list(range(70)))
-    for multiprocessors in (132,) if (backend, name) == ("triton", "averaged") else (132, 1):
+    for multiprocessors in (132,) if (gpu_backend, name) == ("triton", "averaged") else (132, 1):
         with gpu(90, multiprocessors) as device:
             for rows in ([7], [66, 3, *range(8, 38)], list(range(70))):
                 device.launches.clear()
@@ -257,8 +248,7 @@ def test_a_token_does_not_depend_on_its_neighbours(gpu, backend, name, variant):
                     assert names(device)[1] == ("mix_and_expand" if few else "mix")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_token_does_not_depend_on_its_sequence(gpu, backend):
+def test_a_token_does_not_depend_on_its_sequence(gpu, gpu_backend):
     """Merged factors: the same bits in a shorter sequence, and beside fewer."""
     inputs = make_inputs("averaged", "splits-sequence", STANDARD, BF16)
     with gpu(90) as device:
@@ -272,7 +262,7 @@ def test_a_token_does_not_depend_on_its_sequence(gpu, backend):
             for got, want in zip(adapter("averaged", short, rows), whole, strict=True):
                 assert torch.equal(got, want[rows, :length])
             few = len(rows) * length <= 32
-            if backend == "cuda":
+            if gpu_backend == "cuda":
                 want = CUDA_FEW_MERGED if few else CUDA_MERGED
             else:
                 want = FEW_MERGED if few else MERGED
@@ -282,7 +272,6 @@ def test_a_token_does_not_depend_on_its_sequence(gpu, backend):
 # ---------------------------------------------------------------- shared weights
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("name", "variant"),
     [("gated", "map-relu"), ("averaged", "map"), ("grid", "map"), ("output_gate", "masked-input")],
@@ -313,7 +302,7 @@ CUDA_WEIGHTS_ALONE = ["shrink", "mix", "outer", "add_parts"]
 
 
 @pytest.mark.parametrize(
-    ("backend", "name", "variant", "trained", "want"),
+    ("gpu_backend", "name", "variant", "trained", "want"),
     on_backends(
         cuda=[
             ("gated", "gelu_tanh-biases", "weights", CUDA_WEIGHTS_ALONE),
@@ -354,7 +343,6 @@ def test_frozen_experts_with_trained_weights(gpu, name, variant, trained, want):
     torch.testing.assert_close(dweights, everything[f"d{trained}"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_that_reaches_the_gates(gpu):
     """As a balance loss sends it, beside that of y and alone."""
     inputs = make_inputs("output_gate", "l2", STANDARD, BF16)
@@ -398,7 +386,6 @@ def calls_of(gpu, backend, name, variant, lead=(20,)):
     return _calls[key]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("name", "variant", "lead"),
     [
@@ -411,24 +398,23 @@ def calls_of(gpu, backend, name, variant, lead=(20,)):
         ("output_gate", "layernorm", (20,)),
     ],
 )
-def test_opcheck(gpu, backend, name, variant, lead):
-    calls = calls_of(gpu, backend, name, variant, lead)
+def test_opcheck(gpu, gpu_backend, name, variant, lead):
+    calls = calls_of(gpu, gpu_backend, name, variant, lead)
     with gpu(90) as device:
         for direction, arguments in zip(("forward", "backward"), calls, strict=True):
-            opcheck(device, backend, f"{name}_{direction}", arguments)
+            opcheck(device, gpu_backend, f"{name}_{direction}", arguments)
 
 
 # Where the operators' arguments are.
 ROW_MAP = {"gated_forward": 6, "averaged_forward": 4, "grid_forward": 7}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("name", "variant"), [("gated", "map-relu"), ("averaged", "map"), ("grid", "map")]
 )
-def test_a_row_that_does_not_exist_reads_as_nan(gpu, backend, name, variant):
+def test_a_row_that_does_not_exist_reads_as_nan(gpu, gpu_backend, name, variant):
     """A wrong row_map reaches no foreign memory; on a GPU its values are not looked at before."""
-    arguments, _ = calls_of(gpu, backend, name, variant)
+    arguments, _ = calls_of(gpu, gpu_backend, name, variant)
     outputs = []
     for wrong in (False, True):
         y = torch.zeros(20, STANDARD.N, dtype=BF16)
@@ -437,7 +423,7 @@ def test_a_row_that_does_not_exist_reads_as_nan(gpu, backend, name, variant):
             rows = call[ROW_MAP[f"{name}_forward"]] = arguments[ROW_MAP[f"{name}_forward"]].clone()
             rows[3], rows[11] = 4, -1
         with gpu(90):
-            getattr(ops.of(backend), f"{name}_forward")(*call)
+            getattr(ops.of(gpu_backend), f"{name}_forward")(*call)
         outputs.append(y)
     right, wrong = outputs
     others = [t for t in range(20) if t not in (3, 11)]
@@ -446,7 +432,6 @@ def test_a_row_that_does_not_exist_reads_as_nan(gpu, backend, name, variant):
 
 
 # What would make a kernel read or write out of bounds, and the argument that the error names.
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("operator", "variant", "position", "bad", "name"),
     [
@@ -497,11 +482,11 @@ def test_a_row_that_does_not_exist_reads_as_nan(gpu, backend, name, variant):
     ],
 )
 def test_operators_called_directly_do_not_leave_their_memory(
-    gpu, backend, operator, variant, position, bad, name
+    gpu, gpu_backend, operator, variant, position, bad, name
 ):
     mix, direction = operator.rsplit("_", 1)
-    arguments = list(calls_of(gpu, backend, mix, variant)[direction == "backward"])
+    arguments = list(calls_of(gpu, gpu_backend, mix, variant)[direction == "backward"])
     arguments[position] = bad
     with gpu(90) as device, pytest.raises(RuntimeError, match=name):
-        getattr(ops.of(backend), operator)(*arguments)
+        getattr(ops.of(gpu_backend), operator)(*arguments)
     assert not device.launches

@@ -6,7 +6,6 @@ well as the instructions.
 
 import pytest
 import torch
-from gpus import make_gpu
 
 from moelora_ops import ops
 from moelora_ops.bench import numerics
@@ -14,19 +13,9 @@ from moelora_ops.bench import numerics
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.fixture(params=("cuda", "triton"))
-def backend(request):
-    return request.param
-
-
 @pytest.fixture
-def gpu(backend, request):
-    return make_gpu(backend, request)
-
-
-@pytest.fixture
-def products(backend):
-    return ops.of(backend)
+def products(gpu_backend):
+    return ops.of(gpu_backend)
 
 
 def normal(*shape, dtype=F32, seed=0):
@@ -51,9 +40,9 @@ def assert_in_budget(got, plain, want, dtype):
     ],
     ids=str,
 )
-def test_products(backend, gpu, products, shape, arch, dtype):
+def test_products(gpu_backend, gpu, products, shape, arch, dtype):
     """shrink, expand and outer against float64, no worse than PyTorch on the same inputs."""
-    if backend == "triton" and dtype == F64:
+    if gpu_backend == "triton" and dtype == F64:
         pytest.skip("Triton's kernels do not compute in float64")
     T, K, R = shape
     wide = ops.accumulator_dtype(dtype)
@@ -82,11 +71,11 @@ SPLITS = {
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [(80, F32), (90, BF16)], ids=str)
-def test_a_shrink_has_one_order_however_it_is_split(backend, gpu, products, arch, dtype):
+def test_a_shrink_has_one_order_however_it_is_split(gpu_backend, gpu, products, arch, dtype):
     """The same bits from one block for all features, from parts of them and narrow columns."""
     x, rows = normal(130, 1100, dtype=dtype), normal(24, 1100, dtype=dtype)
     results = []
-    for multiprocessors, grid in SPLITS[backend]:
+    for multiprocessors, grid in SPLITS[gpu_backend]:
         with gpu(arch, multiprocessors) as device:
             results.append(products.shrink(x, rows))
             assert device.launches[0].grid == grid
