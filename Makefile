@@ -34,9 +34,10 @@ demo: $(VENV)/.demo $(VENV)/.model  ## fine-tune SmolLM2-135M with MoLA; plots a
 example: $(VENV)/.demo $(VENV)/.model  ## run examples/$(NAME).py: mor1e_smollm2 mole_compose orchmoe_tasks pemt_t5
 	$(BIN)/python examples/$(NAME).py $(ARGS)
 
-# Files are shared out to WORKERS processes, whose OpenMP threads sleep while they wait for each other.
+# Files are shared out to WORKERS processes, the longest first (tests/conftest.py).  Their OpenMP threads
+# sleep while they wait for each other.
 test: $(VENV)/.test $(VENV)/.model  ## the test suite
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 bench: $(VENV)/.bench  ## microbenchmark of METHOD: mola mor1e mole orchmoe gated pemt
 	$(BIN)/python -m moelora_ops.bench $(METHOD) $(ARGS)

@@ -7,6 +7,13 @@ import torch
 import moelora_ops
 from moelora_ops.backends import extension
 
+# Started first, so that no process of many is left alone with one of them at the end.
+LONGEST_FILES = (
+    "test_gpu_mixes.py", "test_cuda_source.py", "test_triton_compile.py", "test_cuda.py",
+    "test_triton.py", "test_gpu_traffic.py", "test_gpu_emulator_triton.py", "test_gpu_grouped.py",
+    "test_cuda_traffic.py",
+)  # fmt: skip
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -18,6 +25,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     devices.real = config.getoption("--gpu")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def pytest_runtest_setup(item):
