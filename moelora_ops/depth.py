@@ -28,7 +28,7 @@ def numbered_layer(model: nn.Module, name: str) -> NumberedLayer | None:
     """
     found = None
     module, path = model, []
-    for part in name.split("."):
+    for part in name.split(".") if name else ():  # no name: the model itself
         path.append(part)
         if part.isdecimal():
             layer = NumberedLayer(".".join(path), int(part), len(module._modules))

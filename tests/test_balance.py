@@ -402,6 +402,14 @@ def test_statistics_of_a_call(implementation):
             assert part.sum().item() == pytest.approx(1)
 
 
+def test_a_single_layer_is_a_model():
+    layer = MoLALinear(nn.Linear(6, 5), num_experts=3, rank=2)
+    layer(torch.randn(7, 6))
+    share = layer.routing.counts / layer.routing.counts.sum()
+    want = 3 * (share * layer.routing.prob_sums / 7).sum()
+    torch.testing.assert_close(moelora_ops.aux_loss(layer, 1.0), want)
+
+
 @pytest.mark.parametrize("function", [moelora_ops.aux_loss, moelora_ops.routing_stats])
 def test_models_without_routing(function):
     with pytest.raises(RuntimeError, match="model: has no layers with routed experts"):
