@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
-from .companions import COMPANIONS, Companion, companions_of, plain_name
+from .companions import COMPANIONS, Companion, check_model, companions_of, plain_name
 from .configs.base import check_dtype, is_linear
 from .models import METHODS, Method, adapted_layers, adapter_tensors, install
 
@@ -53,6 +53,7 @@ def save_adapter(model: nn.Module, dir: str | os.PathLike) -> None:
         ValueError: `model` has no adapters, or their tensors are on the meta device.
         ImportError: safetensors is not installed.
     """
+    check_model(model)
     safetensors = _safetensors()
     layers, companions = _layers(model), _companions(model)
     if not layers:
@@ -122,6 +123,7 @@ def load_adapter(
             not fit.
         ImportError: safetensors is not installed.
     """
+    check_model(model)
     check_dtype("dtype", dtype)
     directory = Path(dir)
     modules, companions, tensors = read_adapter(directory)

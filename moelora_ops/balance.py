@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .companions import check_model
 from .depth import numbered_layer
-from .functional import Routing
+from .functional import Routing, is_number
 from .reference import Gating
 
 
@@ -116,8 +117,7 @@ def aux_loss(model: nn.Module, coefficient: float = 0.001) -> Tensor:
         RuntimeError: no layer keeps a routing, or a reference layer ran without a graph while
             training.
     """
-    if not 0 <= coefficient < float("inf"):
-        raise ValueError(f"coefficient: wanted a finite number of at least 0, got {coefficient!r}")
+    check_coefficient(coefficient)
     layers = list(_routed_layers(model))
     pools: dict[tuple[str, int], list[tuple[Tensor, Tensor, int]]] = {}
     for (name, layer), prob_sums in zip(layers, _prob_sums(layers), strict=True):
@@ -153,8 +153,7 @@ def gating_balance_loss(model: nn.Module, coefficient: float = 0.5) -> Tensor:
         ValueError: `coefficient` is negative or not finite.
         RuntimeError: no gate has run, or a reference layer ran without a graph while training.
     """
-    if not 0 <= coefficient < float("inf"):
-        raise ValueError(f"coefficient: wanted a finite number of at least 0, got {coefficient!r}")
+    check_coefficient(coefficient)
     gates = list(_routed_layers(model, Gating))
     groups: dict[int, list[tuple[Tensor, Gating]]] = {}
     for (_, gate), prob_sums in zip(gates, _prob_sums(gates), strict=True):
@@ -173,6 +172,12 @@ def _gating_loss(gates: list[tuple[Tensor, Gating]]) -> Tensor:
     # A weight that underflows must not make the loss infinite.
     terms = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
     return -terms.masked_fill(~kept, 0).sum()
+
+
+def check_coefficient(coefficient: float) -> None:
+    """The weight of a loss."""
+    if not is_number(coefficient) or not 0 <= coefficient < math.inf:
+        raise ValueError(f"coefficient: wanted a finite number of at least 0, got {coefficient!r}")
 
 
 class RoutingStats(NamedTuple):
@@ -267,8 +272,7 @@ def _routed_layers(
     model: nn.Module, kind: type[Routing | Gating] = Routing
 ) -> Iterator[tuple[str, nn.Module]]:
     """Qualified name and module of every layer that keeps a routing of this kind."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     layers = [
         (name, module) for name, module in model.named_modules() if hasattr(module, "routing")
     ]

@@ -5,7 +5,7 @@ its root.  ``apply`` makes them from the configuration, ``save_adapter`` and ``l
 them like layers.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -44,6 +44,12 @@ class Companion(nn.Module):
             model: its root.
             layers: the adapted layers of the companion's method, by qualified name.
         """
+
+
+def check_model(model: Any) -> None:
+    """Raise ``TypeError`` unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
 
 
 def companions_of(model: nn.Module) -> dict[str, Companion]:

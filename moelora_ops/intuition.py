@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .companions import Companion
+from .companions import Companion, check_model
 from .reference import NO_SCORES, AmbientScores, Scores, no_autocast
 
 
@@ -181,8 +181,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "ambient_scores")}
     if not layers:
         raise ValueError("model: has no MoR1E layers")

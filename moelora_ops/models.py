@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .companions import COMPANIONS, Companion, companions_of, root_of
+from .companions import COMPANIONS, Companion, check_model, companions_of, root_of
 from .configs import (
     AdapterConfig,
     LoRAConfig,
@@ -174,6 +174,7 @@ def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that adapters have brought into `model`: experts, gates, routers; no bases."""
+    check_model(model)
     modules = [layer.module for layer in adapted_layers(model)]
     seen = set()
     for module in (*modules, *companions_of(model).values()):
@@ -206,7 +207,7 @@ def apply(model: nn.Module, config: AdapterConfig, *, implementation: str = "fus
         TypeError, ValueError: an argument does not fit the model; the message names the argument
             and the module.
     """
-    _check_model(model)
+    check_model(model)
     method = next((m for m in METHODS.values() if type(config) is m.config), None)
     if method is None:
         wanted = [m.config.__name__ for m in METHODS.values()]
@@ -293,7 +294,7 @@ def fuse(model: nn.Module) -> nn.Module:
             is more than one plain LoRA, under X-LoRA several, or `model` has lost what a companion
             needs.
     """
-    _check_model(model)
+    check_model(model)
     fused = {
         name: (layer, METHODS[key].fused.from_reference)
         for name, layer, key in adapted_layers(model)
@@ -366,8 +367,3 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
         for name, child in list(parent._modules.items()):  # named_children() skips a second name
             if child in replacements:
                 setattr(parent, name, replacements[child])
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")

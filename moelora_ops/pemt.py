@@ -1,6 +1,5 @@
 """PEMT in a model: what stage 1 hands to stage 2, the task sparsity loss, the learned weights."""
 
-import math
 import os
 
 import torch
@@ -8,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import read_adapter
-from .companions import COMPANIONS, companion_name, companions_of
+from .balance import check_coefficient
+from .companions import COMPANIONS, check_model, companion_name, companions_of
 from .configs import PEMTSource
 from .models import METHODS, adapted_layers
 from .nn.pemt_source import source_expert
@@ -93,8 +93,7 @@ def task_sparsity_loss(
         ValueError: `coefficient` is negative or not finite, or a mask does not fit.
         RuntimeError: no layer keeps cosines, or one ran without a graph while training.
     """
-    if not 0 <= coefficient < math.inf:
-        raise ValueError(f"coefficient: wanted a finite number of at least 0, got {coefficient!r}")
+    check_coefficient(coefficient)
     losses = []
     for name, layer in _layers(model):
         if layer.agreement.cosines is None:
@@ -131,8 +130,7 @@ def source_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     layers = [
         (layer.name, layer.module)
         for layer in adapted_layers(model)

@@ -23,7 +23,7 @@ ARROWS = {
     "autograd": {"ops"},
     "backends": {"ops"},
     "functional": {"autograd", "backends", "ops", "reference"},
-    "balance": {"depth", "functional", "reference"},
+    "balance": {"companions", "depth", "functional", "reference"},
     "intuition": {"companions", "reference"},
     "nn": {"balance", "companions", "depth", "functional", "intuition", "reference"},
     "prompts": {"companions", "reference"},
@@ -40,7 +40,7 @@ ARROWS = {
     },
     "models": {"companions", "configs", "integrations", "intuition", "nn", "prompts", "reference"},
     "adapters": {"_version", "companions", "configs", "models"},
-    "pemt": {"adapters", "companions", "configs", "models", "nn", "reference"},
+    "pemt": {"adapters", "balance", "companions", "configs", "models", "nn", "reference"},
     "info": {"_version", "backends", "functional"},
     "bench": {"_version", "backends", "functional", "info", "nn", "reference"},
 }

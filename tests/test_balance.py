@@ -420,7 +420,7 @@ def test_models_without_routing(function):
         function(3)
 
 
-@pytest.mark.parametrize("coefficient", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("coefficient", [-0.1, float("nan"), float("inf"), None, "1"])
 def test_bad_coefficients(coefficient):
     with pytest.raises(ValueError, match="coefficient: wanted a finite number of at least 0"):
         moelora_ops.aux_loss(make(), coefficient)

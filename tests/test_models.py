@@ -375,6 +375,29 @@ def test_a_failure_while_layers_are_made_changes_nothing(monkeypatch):
     assert snapshot(model) == before
 
 
+def test_what_is_no_model_is_refused_by_name(tmp_path):
+    def inside(manager, *arguments):
+        with manager(None, *arguments):
+            pass
+
+    mask = torch.ones(2, 3)
+    for call in (
+        lambda: list(moelora_ops.adapter_parameters(None)),
+        lambda: moelora_ops.save_adapter(None, tmp_path),
+        lambda: moelora_ops.load_adapter(None, tmp_path),
+        lambda: moelora_ops.aux_loss(None),
+        lambda: moelora_ops.gating_balance_loss(None),
+        lambda: moelora_ops.source_weights(None),
+        lambda: moelora_ops.set_expert_mask(None, [True]),
+        lambda: inside(moelora_ops.sequence_mask, mask.bool()),
+        lambda: inside(moelora_ops.prompt_mask, mask),
+        lambda: inside(moelora_ops.intuition, mask),
+        lambda: inside(moelora_ops.task_ids, torch.tensor([0])),
+    ):
+        with pytest.raises(TypeError, match=r"^model: wanted a torch.nn.Module, got NoneType$"):
+            call()
+
+
 def test_other_bad_arguments_of_apply():
     model = Toy(2)
     with pytest.raises(TypeError, match=r"model: wanted a torch.nn.Module, got list"):

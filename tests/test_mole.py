@@ -507,6 +507,11 @@ def test_bad_sequence_masks():
         moelora_ops.sequence_mask(layer, torch.ones(2, 4)),
     ):
         pass
+    with (
+        pytest.raises(ValueError, match="model: has no MoLE gates"),
+        moelora_ops.sequence_mask(nn.Linear(2, 3), PADDING),
+    ):
+        pass
     with moelora_ops.sequence_mask(layer, PADDING.long()):
         assert layer.sequence_mask.dtype == torch.bool
     assert layer.sequence_mask is None

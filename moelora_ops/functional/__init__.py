@@ -2,7 +2,7 @@
 
 from ..reference import Routing
 from .averaged import averaged
-from .common import check_dropout, check_finite, check_top_k
+from .common import check_dropout, check_finite, check_top_k, is_number
 from .gated import gated
 from .mola import mola
 from .mole import mole
@@ -17,6 +17,7 @@ __all__ = [
     "check_top_k",
     "expand",
     "gated",
+    "is_number",
     "mola",
     "mole",
     "mor1e",

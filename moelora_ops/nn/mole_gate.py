@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..companions import check_model
 from ..functional.mole import GRANULARITIES, MASK_MODES
 from ..reference import Gating
 from .checks import check_bool, check_choice
@@ -64,13 +65,19 @@ def sequence_mask(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
     Args:
         mask: bool or integer ``[batch, length]``, zero for padding, such as a tokenizer's attention
             mask; None for no padding.  For a gate from the question alone, mark the question.
+
+    Raises:
+        TypeError, ValueError: `mask` is no such tensor, or `model` has no gates.
     """
+    check_model(model)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.is_floating_point():
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: wanted a bool or integer tensor, got {got}")
         mask = mask.bool()
     gates = [module for module in model.modules() if hasattr(module, "sequence_mask")]
+    if not gates:
+        raise ValueError("model: has no MoLE gates")
     before = [gate.sequence_mask for gate in gates]
     try:
         for gate in gates:
@@ -90,6 +97,7 @@ def set_expert_mask(model: nn.Module, keep: Tensor | Sequence[bool]) -> None:
     Raises:
         TypeError, ValueError: `keep` does not fit or removes every expert, or there is no gate.
     """
+    check_model(model)
     gates = [m for m in model.modules() if "expert_mask" in m._buffers]
     if not gates:
         raise ValueError("model: has no MoLE gates")

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..companions import Companion, companions_of
+from ..companions import Companion, check_model, companions_of
 from ..depth import numbered_layer
 from .checks import check_count
 
@@ -171,8 +171,7 @@ def check_ids(name: str, ids: Tensor, num_tasks: int) -> None:
 
 
 def source_in(model: nn.Module, kind: type, config: str) -> Any:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     found = [c for c in companions_of(model).values() if isinstance(c, kind)]
     if not found:
         raise ValueError(f"model: wanted one adapted with {config}, got one without its layers")
