@@ -125,10 +125,12 @@ cuda::ShrinkPlan plan_mix(Workspace& workspace, DType dtype, cuda::Shrink& shrin
   return plan;
 }
 
-// Plans the sums over tokens, and reserves their parts.
+// Plans the sums over tokens, and reserves their parts, or the one that has no outputs to go to.
 void plan_outer(Workspace& workspace, DType dtype, cuda::Outer& outer) {
   cuda::plan_outer(dtype, cuda::current_device(), outer);
-  workspace.reserve(outer.parts * outer.size(), accumulator_size(dtype), &outer.partials);
+  const bool at_once = outer.parts == 1 && outer.outputs[0].to;
+  workspace.reserve(at_once ? 0 : outer.parts * outer.size(), accumulator_size(dtype),
+                    &outer.partials);
 }
 
 // Where the sums over tokens go; null and tensors without elements are passed over.

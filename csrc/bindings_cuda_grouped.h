@@ -2,7 +2,7 @@
 // bindings_cuda_topk.cpp, which checks and allocates what is returned.
 #pragma once
 
-#include "bindings_cuda_common.h"
+#include "bindings_cuda_dense.h"
 #include "bindings_topk.h"
 
 namespace moelora::tensors {
@@ -36,8 +36,8 @@ void grouped_forward(const Grouped& g, const std::optional<Tensor>& bias, const 
   const TopkSizes& n = g.n;
   const DType dtype = g.dtype();
   const cuda::Segments segments = g.segments(saved);
-  cuda::Shrink logits = {n.T, n.K,    read(g.x), n.ldx, {read(g.router), nullptr, n.E, 1, 0},
-                         {},  nullptr};
+  const Vectors tokens = vectors_of(g.x, "x");
+  cuda::Shrink logits = shrink_of(tokens, {read(g.router), nullptr, n.E, 1, 0});
   cuda::TopkRouting routing = {{g.mix}};
   cuda::SegmentSums sums = {g.mix.hidden, g.mix.inv_keep, nullptr, g.mix.weights, g.mix.scale};
 
@@ -53,18 +53,11 @@ void grouped_forward(const Grouped& g, const std::optional<Tensor>& bias, const 
   void* stream = g.call.stream();
   cuda::launch_mix(dtype, logits, routing, plan, stream);
   cuda::launch_sort(routing, n.T, plan, segments, data<int64_t>(counts), stream);
-  const cuda::Shrink shrink = {n.T, n.K, read(g.x), n.ldx, g.rows(g.lora_down), g.masks, nullptr};
-  cuda::launch_shrink_segments(dtype, shrink, segments, sums, stream);
-  cuda::Expand expand = {};
-  expand.T = n.T;
-  expand.columns = n.N;
-  expand.h = sums.mixed;
+  cuda::launch_shrink_segments(dtype, shrink_of(tokens, g.rows(g.lora_down), g.masks), segments,
+                               sums, stream);
+  cuda::Expand expand =
+      expand_of(outputs_of(y, "y"), g.rows(g.lora_up), sums.mixed, {read(bias), accumulate});
   expand.ldh = n.k * ldm;
-  expand.rows = g.rows(g.lora_up);
-  expand.bias = read(bias);
-  expand.y = data<void>(y);
-  expand.ldy = rows_of(y, "y").stride;
-  expand.accumulate = accumulate;
   expand.statistics = {routing.prob_partials, nullptr, plan.mix_blocks, n.E,
                        data<void>(prob_sums), nullptr};
   cuda::launch_expand_segments(dtype, expand, segments, sums.mixed, stream);
@@ -77,7 +70,7 @@ void grouped_backward(const Grouped& g, const Tensor& dy, const Tensor& saved,
                       const Tensor& drouter) {
   const TopkSizes& n = g.n;
   const DType dtype = g.dtype();
-  const int64_t lddy = rows_of(dy, "dy").stride;
+  const Vectors dys = vectors_of(dy, "dy"), tokens = vectors_of(g.x, "x");
   const cuda::Segments segments = g.segments(saved);
   cuda::GroupedBackward mix = {g.mix};
   mix.dprob_sums = read(dprob_sums);
@@ -87,17 +80,15 @@ void grouped_backward(const Grouped& g, const Tensor& dy, const Tensor& saved,
   experts.T = router.T = n.T;
   if (need_dparams) {
     experts.segments = segments;
-    const auto product = [&](const Tensor& v, int64_t ld, int64_t columns) {
-      cuda::OuterProduct p = {nullptr, ldm, read(v), ld, columns, {nullptr, nullptr, n.r, n.r, 0},
-                              {}};
+    const auto product = [&](const Vectors& v, const cuda::Masks& masks) {
+      cuda::OuterProduct p = outer_of(v, {nullptr, nullptr, n.r, n.r, 0}, masks);
       p.batch.count = n.E;
-      p.batch.rows = n.r * columns;
+      p.batch.rows = n.r * v.columns;
       return p;
     };
-    experts.products[0] = product(dy, lddy, n.N);
-    experts.products[1] = product(g.x, n.ldx, n.K);
-    experts.products[1].masks = g.masks;
-    router.products[0] = {nullptr, lde, read(g.x), n.ldx, n.K, {nullptr, nullptr, n.E, 1, 0}, {}};
+    experts.products[0] = product(dys, {});
+    experts.products[1] = product(tokens, g.masks);
+    router.products[0] = outer_of(tokens, {nullptr, nullptr, n.E, 1, 0});
     set_outputs(experts, saved.scalar_type(), {&dlora_up, &dlora_down});
     set_outputs(router, saved.scalar_type(), {&drouter});
   }
@@ -114,21 +105,13 @@ void grouped_backward(const Grouped& g, const Tensor& dy, const Tensor& saved,
   workspace.allocate(g.call);
 
   void* stream = g.call.stream();
-  const cuda::Shrink shrink = {n.T, n.N, read(dy), lddy, g.rows(g.lora_up), {}, nullptr};
-  cuda::launch_shrink_segments(dtype, shrink, segments, dmixed, stream);
+  cuda::launch_shrink_segments(dtype, shrink_of(dys, g.rows(g.lora_up)), segments, dmixed, stream);
   cuda::launch_mix(dtype, n.T, dmixed.hidden, mix, stream);
   if (dx) {
-    cuda::Expand expand = {};
-    expand.T = n.T;
-    expand.columns = n.K;
-    expand.h = mix.first;
-    expand.ldh = ldf;
-    expand.rows = g.rows(g.lora_down, read(g.router));
-    expand.masks = g.masks;
-    expand.y = data<void>(*dx);
-    expand.ldy = rows_of(*dx, "dx").stride;
-    expand.accumulate = accumulate;
-    cuda::launch_expand_segments(dtype, expand, segments, mix.dhidden, stream);
+    const cuda::Rows rows = g.rows(g.lora_down, read(g.router));
+    cuda::launch_expand_segments(
+        dtype, expand_of(outputs_of(*dx, "dx"), rows, mix.first, {nullptr, accumulate}, g.masks),
+        segments, mix.dhidden, stream);
   }
   experts.products[0].h = mix.mixed;
   experts.products[1].h = mix.dhidden;

@@ -62,19 +62,11 @@ std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& l
     grouped_forward(grouped, bias, y, accumulate, saved, counts, prob_sums);
     return {saved, counts, prob_sums};
   }
-  cuda::Shrink shrink = {
-      n.T, n.K, read(x), n.ldx, {read(lora_down), read(router), R, n.r, n.E}, masks, nullptr};
+  cuda::Shrink shrink =
+      shrink_of(vectors_of(x, "x"), {read(lora_down), read(router), R, n.r, n.E}, masks);
   cuda::TopkForward mix = {common};
-
-  cuda::Expand expand = {};
-  expand.T = n.T;
-  expand.columns = n.N;
-  expand.ldh = cuda::padded(R);
-  expand.rows = {read(lora_up), nullptr, R, n.r, 0};
-  expand.bias = read(bias);
-  expand.y = data<void>(y);
-  expand.ldy = rows_of(y, "y").stride;
-  expand.accumulate = accumulate;
+  cuda::Expand expand = expand_of(outputs_of(y, "y"), {read(lora_up), nullptr, R, n.r, 0}, nullptr,
+                                  {read(bias), accumulate});
   Workspace workspace;
   const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix, expand);
   const int64_t blocks = plan.few ? 1 : plan.mix_blocks;
@@ -104,7 +96,6 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
     check_contiguous(*dprob_sums, "dprob_sums");
   }
   const cuda::Masks masks = make_masks(seed, dropout, dropout_per_expert);
-  const Rows dy_rows = rows_of(dy, "dy");
 
   const Call call(x);
   const moelora::DType dtype = dtype_of(x);
@@ -125,41 +116,32 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
                      need_dparams, dlora_down, dlora_up, drouter);
     return {dlora_down, dlora_up, drouter};
   }
-  cuda::Shrink shrink = {n.T, n.N,    read(dy), dy_rows.stride, {read(lora_up), nullptr, R, n.r, 0},
-                         {},  nullptr};
+  const Vectors dys = vectors_of(dy, "dy");
+  const cuda::Rows up = {read(lora_up), nullptr, R, n.r, 0};
+  const cuda::Rows down = {read(lora_down), read(router), R, n.r, n.E};
+  cuda::Shrink shrink = shrink_of(dys, up);
   cuda::TopkBackward mix = {common};
   mix.dprob_sums = read(dprob_sums);
-  const int64_t ldm = cuda::padded(R), ldg = cuda::padded(R + n.E);
   cuda::Outer outer = {};
   outer.T = n.T;
   if (need_dparams) {
-    outer.products[0] = {nullptr, ldm, read(dy), dy_rows.stride, n.N, {nullptr, nullptr, R, n.r, 0},
-                         {}};
-    outer.products[1] = {nullptr, ldg, read(x), n.ldx, n.K, {nullptr, nullptr, R, n.r, n.E}, masks};
+    outer.products[0] = outer_of(dys, up);
+    outer.products[1] = outer_of(vectors_of(x, "x"), down, masks);
     set_outputs(outer, saved.scalar_type(), {&dlora_up, &dlora_down, &drouter});
   }
 
   Workspace workspace;
   const cuda::ShrinkPlan plan = plan_mix(workspace, dtype, shrink, mix);
-  workspace.reserve(n.T * ldg, size, &mix.gradients);
-  workspace.reserve(need_dparams ? n.T * ldm : 0, size, &mix.mixed);
+  workspace.reserve(n.T * pitch(down), size, &mix.gradients);
+  workspace.reserve(need_dparams ? n.T * pitch(up) : 0, size, &mix.mixed);
   plan_outer(workspace, dtype, outer);
   workspace.allocate(call);
   cuda::launch_mix(dtype, shrink, mix, plan, call.stream());
 
-  if (need_dx) {
-    cuda::Expand expand = {};
-    expand.T = n.T;
-    expand.columns = n.K;
-    expand.h = mix.gradients;
-    expand.ldh = ldg;
-    expand.rows = {read(lora_down), read(router), R, n.r, n.E};
-    expand.masks = masks;
-    expand.y = data<void>(dx);
-    expand.ldy = rows_of(dx, "dx").stride;
-    expand.accumulate = accumulate;
-    cuda::launch_expand(dtype, expand, call.stream());
-  }
+  if (need_dx)
+    cuda::launch_expand(
+        dtype, expand_of(outputs_of(dx, "dx"), down, mix.gradients, {nullptr, accumulate}, masks),
+        call.stream());
   outer.products[0].h = mix.mixed;
   outer.products[1].h = mix.gradients;
   cuda::launch_outer(dtype, outer, call.stream());

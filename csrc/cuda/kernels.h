@@ -180,11 +180,13 @@ struct Outer {
   // With an order: of both products' batches, one for each expert, that has its own tokens, and h a
   // row per pair.
   Segments segments;
-  int64_t chunk;   // tokens; of each expert, if there are segments
-  int parts;       // ceil(T / chunk)
-  int strips;      // of columns, in one block
-  void* partials;  // A [parts, size()]: the products and the sums, one after the other
-  // Where they go, in that order.
+  int64_t chunk;  // tokens; of each expert, if there are segments
+  int parts;      // ceil(T / chunk)
+  int strips;     // of columns, in one block
+  // A [parts, size()]: the products and the sums, one after the other.  Null: one part, which goes
+  // where it belongs at once.
+  void* partials;
+  // Where they go, in that order; a row of a product goes to one output.
   struct Output {
     void* to;
     int64_t size;
@@ -201,8 +203,9 @@ void plan_outer(DType dtype, Device device, Outer& outer);
 // The product alone, one launch or, if parts have to be added, two: sums A [T, rows.count()].
 void launch_shrink(DType dtype, const Shrink& p, const ShrinkPlan& plan, void* sums, void* stream);
 void launch_expand(DType dtype, const Expand& p, void* stream);
-void launch_outer_parts(DType dtype, const Outer& p, void* stream);  // the first of two launches
+// All of it, in one launch or, if there are parts, two; or the first of the two.
 void launch_outer(DType dtype, const Outer& p, void* stream);
+void launch_outer_parts(DType dtype, const Outer& p, void* stream);
 // Coefficients as expand and outer read them: from A [T, columns] to [T, padded(columns)].
 void launch_round(DType dtype, int64_t T, int columns, const void* from, void* to, void* stream);
 // Of its columns, for each product: how many blocks share a tile of tokens.

@@ -1,5 +1,5 @@
 // Outer: rows_c = Σ_t h[t, c] mask ⊙ v_t, and sums of small values, for all gradients in one launch
-// over chunks of tokens and one that adds the chunks' sums in order.
+// over chunks of tokens and, if there are several, one that adds the chunks' sums in order.
 #include "cuda/product.cuh"
 
 namespace moelora::cuda {
@@ -72,6 +72,35 @@ __device__ __forceinline__ void outer_16(
   }
 }
 
+// Where a row of sums goes: to the partial sums of the block's chunk, or to its output.
+template <class T>
+class OutputRow {
+ public:
+  //   at  of the row's first element, in the products and the sums one after the other
+  __device__ OutputRow(const Outer& p, int64_t at) {
+    if (p.partials) {
+      to_ = static_cast<A*>(p.partials) + blockIdx.y * p.size() + at;
+      return;
+    }
+    const Outer::Output* out = p.outputs;
+    for (; at >= out->size; ++out) at -= out->size;
+    wide_ = out->wide;
+    to_ = wide_ ? static_cast<void*>(static_cast<A*>(out->to) + at)
+                : static_cast<void*>(static_cast<T*>(out->to) + at);
+  }
+  __device__ void write(int64_t column, acc_t<T> sum) const {
+    if (wide_)
+      static_cast<A*>(to_)[column] = sum;
+    else
+      static_cast<T*>(to_)[column] = static_cast<T>(sum);
+  }
+
+ private:
+  using A = acc_t<T>;
+  void* to_;
+  bool wide_ = true;
+};
+
 // A strip of columns of one row's sums: threads stand side by side along a token's columns, as many
 // tokens at a time as there is room for.
 constexpr int kSumColumns = 32;
@@ -80,12 +109,12 @@ __host__ __device__ inline int64_t sum_blocks(const TokenSums& s) {
   return s.rows * ceil_div(s.columns, kSumColumns);
 }
 
-//   V        type of the values
-//   shared   [blockDim.x]
-//   out      [rows, columns]
-template <class V, class A>
+//   V       type of the values
+//   shared  [blockDim.x]
+//   write   (element of [rows, columns], sum)
+template <class V, class A, class Write>
 __device__ __forceinline__ void sum_tokens(const TokenSums& s, int64_t block, int64_t t_begin,
-                                           int64_t t_end, A* shared, A* out) {
+                                           int64_t t_end, A* shared, const Write& write) {
   const int strips = ceil_div(s.columns, kSumColumns);
   const int64_t row = block / strips;
   const int c0 = static_cast<int>(block % strips) * kSumColumns;
@@ -109,7 +138,7 @@ __device__ __forceinline__ void sum_tokens(const TokenSums& s, int64_t block, in
     if (lane < half) shared[threadIdx.x] += shared[threadIdx.x + half * width];
   }
   if (lane == 0 && column < columns)
-    out[row * s.columns + c0 + column] = static_cast<A>(s.scale) * shared[column];
+    write(row * s.columns + c0 + column, static_cast<A>(s.scale) * shared[column]);
 }
 
 // Rows of v and of h: all, or those of an expert.
@@ -138,14 +167,15 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps * OuterTile<T>::kMos
     const int64_t block = blockIdx.x - both, before = sum_blocks(p.sums[0]);
     const bool other = block >= before;
     const TokenSums& sums = p.sums[other];
-    A* out = static_cast<A*>(p.partials) + blockIdx.y * p.size() + p.products[0].size() +
-             p.products[1].size() + (other ? p.sums[0].size() : 0);
+    const int64_t at = p.products[0].size() + p.products[1].size() + (other ? p.sums[0].size() : 0);
+    // A row of a sum may go to several outputs.
+    const auto write = [&](int64_t i, A sum) { OutputRow<T>(p, at + i).write(0, sum); };
     const int64_t strip = block - (other ? before : 0);
     A* lanes = reinterpret_cast<A*>(shared);
     if (sums.wide)
-      sum_tokens<A>(sums, strip, t_begin, t_end, lanes, out);
+      sum_tokens<A>(sums, strip, t_begin, t_end, lanes, write);
     else
-      sum_tokens<T>(sums, strip, t_begin, t_end, lanes, out);
+      sum_tokens<T>(sums, strip, t_begin, t_end, lanes, write);
     return;
   }
   const bool second = blockIdx.x >= first;
@@ -227,14 +257,18 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps * OuterTile<T>::kMos
     }
   }
 
-  A* out = static_cast<A*>(p.partials) + blockIdx.y * p.size() +
-           (second ? p.products[0].size() : 0) + one * product.batch.rows;
+  const int64_t at = (second ? p.products[0].size() : 0) + one * product.batch.rows;
   const int64_t ld = product.rows.ld ? product.rows.ld : product.columns;
+  const int64_t column = n0 + warp_id() * 8 * S::kTiles;
 #pragma unroll
   for (int m = 0; m < S::kRowTiles; ++m)
-    for_each_sum(sums[m], [&](int row, int c, A sum) {
-      const int64_t n = n0 + warp_id() * 8 * S::kTiles + c;
-      if (16 * m + row < rows && n < product.columns) out[(c0 + 16 * m + row) * ld + n] = sum;
+    for_each_row_of_sums(sums[m], [&](int i, const auto& each) {
+      const int row = 16 * m + i;
+      if (row >= rows) return;
+      const OutputRow<T> out(p, at + (c0 + row) * ld);
+      each([&](int c, A sum) {
+        if (column + c < product.columns) out.write(column + c, sum);
+      });
     });
 }
 
@@ -308,6 +342,7 @@ void launch_outer_parts(DType dtype, const Outer& p, void* stream) {
 void launch_outer(DType dtype, const Outer& p, void* stream) {
   if (p.size() == 0) return;
   launch_outer_parts(dtype, p, stream);
+  if (!p.partials) return;
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch("add_parts", add_parts_kernel<T>, flat_grid(p.size()), kFlatThreads, 0, stream, p);

@@ -148,4 +148,18 @@ __device__ __forceinline__ void for_each_sum(A (&sums)[kTiles][4], const F& f) {
     for (int i = 0; i < 4; ++i) f(g + i / 2 * 8, 8 * j + 2 * q + i % 2, sums[j][i]);
 }
 
+// f(row, each) for the rows of them, where each(h) calls h(column, sum).
+template <int kTiles, class A, class F>
+__device__ __forceinline__ void for_each_row_of_sums(A (&sums)[kTiles][4], const F& f) {
+  const int g = lane_id() / 4, q = lane_id() % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    f(g + half * 8, [&](const auto& h) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) h(8 * j + 2 * q + i, sums[j][2 * half + i]);
+    });
+}
+
 }  // namespace moelora::cuda

@@ -228,7 +228,10 @@ def _outer(k: Account) -> None:
         if sums.columns:
             k.load(sums.values, p.T * sums.columns, k.wide if sums.wide else k.element)
             k.load(sums.row.map, p.T, INDEX, sums.rows * cdiv(sums.columns, 32))
-    k.store(p.partials, p.parts * _outer_size(p), k.wide)
+    if p.partials is None:
+        _outputs(k, p)
+    else:
+        k.store(p.partials, p.parts * _outer_size(p), k.wide)
 
 
 def _outer_size(p: Any) -> int:
@@ -240,6 +243,10 @@ def _outer_size(p: Any) -> int:
 def _add_parts(k: Account) -> None:
     p = k.p
     k.load(p.partials, p.parts * _outer_size(p), k.wide)
+    _outputs(k, p)
+
+
+def _outputs(k: Account, p: Any) -> None:
     for output in p.outputs:
         k.store(output.to, output.size, k.wide if output.wide else k.element)
 
