@@ -186,7 +186,7 @@ def test_keeps_what_the_cpu_keeps(gpu, gpu_backend):
     ],
 )  # fmt: skip
 def test_launches(gpu, T, options, route, mix, outer):
-    """Beside the base GEMM: one for each choice, and 4 forward, 2 backward; outers in one or two."""
+    """Beside the base GEMM: one for each choice; 4 forward, 2 backward; outers in one or two."""
     inputs = make_inputs(STANDARD._replace(T=T), BF16)
     leaves = [t.requires_grad_() for t in (inputs.x, *inputs[3:6])]
     expands = ["expand_segments"] * 2
