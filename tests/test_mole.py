@@ -172,7 +172,7 @@ def closed_forms(layer, x, dy):
                 along = epsilon if kind == "l2" else parts[i]
                 dh -= along @ delta * image / nu[i] ** 2
             dx[t] += dh @ A[i]
-    return [torch.tensor(t) for t in (dx, de)] + [torch.tensor(dlog_tau)]
+    return [torch.tensor(t) for t in (dx, de, [dlog_tau])]
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)

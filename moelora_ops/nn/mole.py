@@ -72,7 +72,7 @@ class MoLELinear(AdapterLinear):
     Parameters (if gated):
         gate: e of eq. 10, ``[E, out_features, E]``, or P if compact; zero, so that all experts have
             the same weight at first (our choice).
-        log_tau: the logarithm of the temperature, zero (our choice; the paper learns τ).
+        log_tau: ``[1]``, the logarithm of the temperature, zero (our choice; the paper learns τ).
 
     Buffers:
         lora_down: ``[E, r, in_features]``.
@@ -129,8 +129,10 @@ class MoLELinear(AdapterLinear):
     def __setattr__(self, name: str, value) -> None:
         if name == "expert_mask":
             value = checked_expert_mask(value, self)
-        elif name in ("lora_up", "gate"):
+        elif name == "lora_up":
             self._forget()
+        elif name == "gate":  # FSDP2 does so before and after each call
+            self._kept = None
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:

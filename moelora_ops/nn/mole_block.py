@@ -42,7 +42,7 @@ class MoLEBlock(nn.Module):
 
     Parameters:
         gate: e, ``[E, length, features, E]``; zero.
-        log_tau: scalar; zero.
+        log_tau: ``[1]``; zero.
 
     Attributes:
         sequence_mask: bool ``[batch, length]``, False for padding, which the gate does not see; see
@@ -89,7 +89,7 @@ class MoLEBlock(nn.Module):
         shape = (self.num_experts, length, features, self.num_experts)
         wide = new | {"dtype": torch.promote_types(new["dtype"], torch.float32)}
         self.gate = nn.Parameter(torch.zeros(shape, **wide))
-        self.log_tau = nn.Parameter(torch.zeros((), **wide))
+        self.log_tau = nn.Parameter(torch.zeros(1, **wide))
         self.sequence_mask: Tensor | None = None
         self.routing: Gating | None = None
         self.dprob_sums: Tensor | None = None  # see balance.record

@@ -36,7 +36,8 @@ def new_gate(holder: nn.Module, width: int, num_experts: int, *, device, dtype) 
     dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
     like = {"device": device, "dtype": dtype}
     holder.gate = nn.Parameter(torch.zeros(num_experts, width, num_experts, **like))
-    holder.log_tau = nn.Parameter(torch.zeros((), **like))
+    # One element and not a scalar, which FSDP2 refuses to shard.
+    holder.log_tau = nn.Parameter(torch.zeros(1, **like))
     everyone = torch.ones(num_experts, dtype=torch.bool, device=device)
     holder.register_buffer("expert_mask", everyone)
 

@@ -46,7 +46,7 @@ class SharedGate(Companion):
 
     Parameters and buffers:
         gate: ``[E, Σ out_features, E]``, or ``[E, Σ ranks, E]`` if compact; zero.
-        log_tau: scalar, zero.
+        log_tau: ``[1]``, zero.
         expert_mask: bool ``[E]``.
 
     Limits: under reentrant gradient checkpointing the followers must be in the same checkpointed

@@ -220,7 +220,7 @@ class MoLELinear(LooksLikeBase, nn.Module):
             wide = {"device": device, "dtype": torch.promote_types(down.dtype, torch.float32)}
             gate = torch.zeros(self.num_experts, width, self.num_experts, **wide)
             self.gate = nn.Parameter(gate)  # in 16 bits its small steps would be lost
-            self.log_tau = nn.Parameter(torch.zeros((), **wide))
+            self.log_tau = nn.Parameter(torch.zeros(1, **wide))
             mask = torch.ones(self.num_experts, dtype=torch.bool, device=device)
             self.register_buffer("expert_mask", mask)
         self.shared_gate: tuple = ()
