@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import sharded
 from ._version import __version__
-from .companions import COMPANIONS, Companion, check_model, companions_of, plain_name
+from .companions import COMPANIONS, Companion, check_model, companions_of, plain_name, root_of
 from .configs.base import check_dtype, is_linear
 from .models import METHODS, Method, adapted_layers, adapter_tensors, install
 
@@ -43,22 +44,27 @@ def save_adapter(model: nn.Module, dir: str | os.PathLike) -> None:
 
     An adapter that `dir` already holds is replaced in one step and survives any failure before it.
     Fused and reference layers write the same files.  One process at a time may save into a
-    directory.
+    directory: under DistributedDataParallel, one calls.  If parameters are sharded (``fully_shard``
+    or other ``DTensor``), every process that has parts calls, since they are gathered, and the
+    first one writes.
 
     Args:
         model: adapted by :func:`moelora_ops.apply`, or holding such layers.
         dir: is created if needed.
 
     Raises:
-        ValueError: `model` has no adapters, or their tensors are on the meta device.
+        ValueError: `model` has no adapters, or their tensors are on the meta device, or it is under
+            FullyShardedDataParallel.
         ImportError: safetensors is not installed.
     """
     check_model(model)
     safetensors = _safetensors()
+    model = sharded.settle(root_of(model))
     layers, companions = _layers(model), _companions(model)
     if not layers:
         raise ValueError("model: has no adapters to save")
     tensors: dict[str, Tensor] = {}
+    writes = True
     for name, part in _qualified(layers, companions).items():
         for key, tensor in _tensors(part.module).items():
             if tensor.is_meta:
@@ -66,7 +72,12 @@ def save_adapter(model: nn.Module, dir: str | os.PathLike) -> None:
                     f"model: {name}.{key} is on the meta device and has no values to save"
                 )
             # A copy, as safetensors refuses tensors that share memory (tied parameters).
-            tensors[f"{name}.{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
+            whole = sharded.gathered(tensor.detach()).to("cpu", copy=True).contiguous()
+            writes &= sharded.is_first(tensor)
+            if writes:
+                tensors[f"{name}.{key}"] = whole
+    if not writes:
+        return
 
     weights = safetensors.save(tensors, {"format": "pt"})
     digest = hashlib.sha256(weights).hexdigest()
@@ -107,6 +118,9 @@ def load_adapter(
     default each base layer's, and not the file's: layers compute in one dtype.  Equal dtypes give
     the saved bits.
 
+    In training by several processes each reads the file; parameters that are sharded take their
+    part.  A model without adapters gets them before it is wrapped or sharded.
+
     Args:
         model: the model that the adapter was saved from, or one with linears of the same names and
             shapes.
@@ -120,11 +134,12 @@ def load_adapter(
     Raises:
         FileNotFoundError: `dir`, or a file in it, is missing.
         ValueError: a file is truncated, corrupted or of another format version, or the adapter does
-            not fit.
+            not fit, or `model` is wrapped or sharded and has no adapters yet.
         ImportError: safetensors is not installed.
     """
     check_model(model)
     check_dtype("dtype", dtype)
+    model, given = sharded.settle(root_of(model)), model
     directory = Path(dir)
     modules, companions, tensors = read_adapter(directory)
     entries = _qualified(modules, companions)
@@ -144,7 +159,7 @@ def load_adapter(
     @torch.no_grad()
     def fill(name: str, module: nn.Module) -> None:
         for key, tensor in _tensors(module).items():
-            tensor.copy_(tensors[f"{name}.{key}"])
+            sharded.fill(tensor, tensors[f"{name}.{key}"])
 
     present = _layers(model)
     if present:
@@ -161,8 +176,9 @@ def load_adapter(
             check_kinds(name, part.module)
         for name, part in parts.items():
             fill(name, part.module)
-        return model
+        return given
 
+    sharded.check_not_managed(given, "load its adapter")
     bases = {
         plain_name(name): (name, m)
         for name, m in model.named_modules(remove_duplicate=False)
@@ -188,7 +204,7 @@ def load_adapter(
     )
     for name, twin in twins.items():
         check_kinds(name, twin)
-    return install(
+    install(
         model,
         {
             bases[name][0]: (METHODS[m["method"]], _arguments(m, bases[name][1]))
@@ -201,6 +217,7 @@ def load_adapter(
         },
         lambda name, module: fill(plain_name(name), module),
     )
+    return given
 
 
 def read_adapter(
@@ -342,12 +359,11 @@ def _layers(model: nn.Module) -> dict[str, _Part]:
 def _companions(model: nn.Module) -> dict[str, _Part]:
     parts = {}
     for name, companion in companions_of(model).items():
-        cls = type(companion)
-        ((method, kind),) = (
-            (method, kind)
+        ((method, kind, cls),) = (
+            (method, kind, of_kind)
             for method, row in METHODS.items()
             for kind, of_kind in row.companions.items()
-            if of_kind is cls
+            if isinstance(companion, of_kind)
         )
         entry = {"method": method, "kind": kind, **_described(companion, cls.arguments)}
         parts[name] = _Part(companion, entry)

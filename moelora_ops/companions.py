@@ -8,6 +8,7 @@ them like layers.
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 COMPANIONS = "moelora_companions"
 
@@ -68,10 +69,15 @@ def companion_name(kind: str, place: str = "") -> str:
 
 
 def plain_name(name: str) -> str:
-    """The qualified name without the wrappers of torch.compile, which show in it."""
-    return name.replace("_orig_mod.", "")
+    """The qualified name without the wrappers of torch.compile and of checkpoints that show."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def root_of(model: nn.Module) -> nn.Module:
-    """`model` without the wrapper of torch.compile."""
-    return getattr(model, "_orig_mod", model)
+    """`model` without the wrappers of torch.compile and DistributedDataParallel."""
+    while True:
+        inside = model.module if isinstance(model, DistributedDataParallel) else model
+        inside = getattr(inside, "_orig_mod", inside)
+        if inside is model:
+            return model
+        model = inside

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import reference, sharded
 from .companions import COMPANIONS, Companion, check_model, companions_of, root_of
 from .configs import (
     AdapterConfig,
@@ -205,13 +205,14 @@ def apply(model: nn.Module, config: AdapterConfig, *, implementation: str = "fus
 
     Raises:
         TypeError, ValueError: an argument does not fit the model; the message names the argument
-            and the module.
+            and the module.  Or `model` is under DistributedDataParallel or fully_shard already.
     """
     check_model(model)
     method = next((m for m in METHODS.values() if type(config) is m.config), None)
     if method is None:
         wanted = [m.config.__name__ for m in METHODS.values()]
         raise TypeError(f"config: wanted one of {wanted}, got {type(config).__name__}")
+    sharded.check_not_managed(model, "apply")
     adapted = next(adapted_layers(model), None)
     if adapted is not None:
         raise ValueError(f"model: is already adapted ({adapted.name or 'the model itself'})")
@@ -292,9 +293,10 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is no such layer, or one has hooks, which would be lost, or a PEFT layer
             is more than one plain LoRA, under X-LoRA several, or `model` has lost what a companion
-            needs.
+            needs, or is under DistributedDataParallel or fully_shard already.
     """
     check_model(model)
+    sharded.check_not_managed(model, "fuse")
     fused = {
         name: (layer, METHODS[key].fused.from_reference)
         for name, layer, key in adapted_layers(model)
@@ -347,7 +349,7 @@ def _attach(model: nn.Module) -> None:
     layers = list(adapted_layers(model))
     for companion in companions_of(model).values():
         for key, method in METHODS.items():
-            if type(companion) in method.companions.values():
+            if isinstance(companion, tuple(method.companions.values())):
                 own = {name: module for name, module, of in layers if of == key}
                 companion.attach(model, own)
 

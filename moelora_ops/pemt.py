@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import sharded
 from .adapters import read_adapter
 from .balance import check_coefficient
-from .companions import COMPANIONS, check_model, companion_name, companions_of
+from .companions import COMPANIONS, check_model, companion_name, companions_of, root_of
 from .configs import PEMTSource
 from .models import METHODS, adapted_layers
 from .nn.pemt_source import source_expert
@@ -22,24 +23,26 @@ def pemt_source(source: nn.Module | str | os.PathLike) -> PEMTSource:
 
     Args:
         source: the model after stage 1, or the directory that :func:`moelora_ops.save_adapter`
-            wrote of it.  A model's tensors are copied: it may be trained on.
+            wrote of it.  A model's tensors are copied: it may be trained on.  If they are sharded,
+            every process that has parts calls.
 
     Raises:
         ValueError: `source` has other adapters than those of stage 1, or none.
         FileNotFoundError, ImportError: see :func:`moelora_ops.load_adapter`.
     """
     if isinstance(source, nn.Module):
+        source = sharded.settle(root_of(source))
         layers = list(adapted_layers(source))
         found = {layer.method for layer in layers}
         experts = {
             layer.name: source_expert(
-                {name: t.detach().clone() for name, t in layer.module.named_parameters()},
+                {name: _copied(t) for name, t in layer.module.named_parameters()},
                 *(getattr(layer.module, name) for name in METHODS["pemt_source"].arguments[:3]),
             )
             for layer in layers
             if layer.method == "pemt_source"
         }
-        prompt = companions_of(source)[_PROMPT].target.detach().clone() if experts else None
+        prompt = _copied(companions_of(source)[_PROMPT].target) if experts else None
     else:
         modules, _, tensors = read_adapter(source)
         found = {entry["method"] for entry in modules.values()}
@@ -57,6 +60,10 @@ def pemt_source(source: nn.Module | str | os.PathLike) -> PEMTSource:
     if prompt is None:
         raise ValueError("source: has experts of PEMT's stage 1, but no prompt")
     return PEMTSource(prompt, experts)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return sharded.gathered(tensor.detach()).clone()
 
 
 def task_sparsity_loss(

@@ -188,8 +188,9 @@ class TrainedNorms(Companion):
         names: qualified names of weights of the model, without torch.compile's wrappers.
         sizes: number of elements of each.
 
-    Before :meth:`attach` it has values of its own; then it has the model's parameters, which have
-    taken its values and keep their dtype.
+    Before :meth:`attach` it has values of its own.  The model's parameters take them, keep their
+    dtype and are its ``state_dict`` from then on, yet not registered a second time: FSDP2 refuses a
+    parameter of two modules that it shards apart.
     """
 
     arguments = ("names", "sizes")
@@ -199,9 +200,10 @@ class TrainedNorms(Companion):
         if not names or len(names) != len(sizes):
             raise ValueError(f"sizes: wanted one int per name, got {len(sizes)} for {len(names)}")
         self.names, self.sizes = list(names), list(sizes)
-        self.weights = nn.ParameterList(
+        self.weights: nn.ParameterList | None = nn.ParameterList(
             torch.empty(size, device=device, dtype=dtype) for size in sizes
         )
+        self._places: list[tuple[nn.Module, str]] = []  # in the model, module and attribute
 
     def check(self, model: nn.Module) -> None:
         """See :meth:`Companion.check`."""
@@ -214,13 +216,29 @@ class TrainedNorms(Companion):
     @torch.no_grad()
     def attach(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         """See :meth:`Companion.attach`; the model's norms take the values and are trained."""
-        present = _plain_parameters(model)
-        for i, name in enumerate(self.names):
-            weight = present[name]
-            if weight is not self.weights[i]:
+        modules = {plain_name(name): m for name, m in model.named_modules(remove_duplicate=False)}
+        splits = [name.rpartition(".") for name in self.names]
+        self._places = [(modules[holder], attribute) for holder, _, attribute in splits]
+        for i, weight in enumerate(self._in_model()):
+            if self.weights is not None:
                 weight.copy_(self.weights[i])
-                self.weights[i] = weight
             weight.requires_grad_()
+        self.weights = None
+
+    def _in_model(self) -> list[nn.Parameter]:
+        return [getattr(module, attribute) for module, attribute in self._places]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for i, weight in enumerate(self._in_model()):
+            destination[f"{prefix}weights.{i}"] = weight if keep_vars else weight.detach()
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for i, weight in enumerate(self._in_model()):
+            value = state_dict.get(f"{prefix}weights.{i}")
+            if value is not None:
+                weight.copy_(value)
 
     def extra_repr(self) -> str:
         return f"{len(self.names)} norms, {sum(self.sizes)} weights"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends, ops
 from ..backends import extension
+from ..sharded import is_sharded
 
 DROPOUT_MODES = ("token", "expert")
 NORMALIZATIONS = tuple(ops.NORMALIZATIONS)
@@ -59,9 +60,19 @@ def check_bias(weight: Tensor | None, bias: Tensor | None, base_output: Tensor |
         raise ValueError(f"bias: wanted shape {list(weight.shape[:1])}, got {shape(bias)}")
 
 
+def check_tensor(name: str, t: Any) -> None:
+    """A tensor that kernels can read: torch refuses a ``DTensor`` at the operator, unnamed."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}")
+    if is_sharded(t):
+        raise TypeError(
+            f"{name}: wanted a plain tensor, got a DTensor; pass its full_tensor() or to_local(), "
+            "and call layers from the module that was sharded with fully_shard"
+        )
+
+
 def check_input(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: wanted a tensor, got {type(x).__name__}")
+    check_tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x: wanted shape [..., in_features], got a scalar")
     if not x.is_floating_point():
@@ -114,8 +125,7 @@ def check_tensors(
         wanted.append(("base_output", base_output, (*x.shape[:-1], out_features)))
     dtype, device = x.dtype, x.device
     for name, t, size in wanted:
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}")
+        check_tensor(name, t)
         if t.shape != size:
             raise ValueError(f"{name}: wanted shape {list(size)}, got {list(t.shape)}")
         if t.dtype != dtype:
@@ -127,8 +137,7 @@ def check_tensors(
 
 
 def check_floating(name: str, t: Tensor, device: torch.device) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: wanted a tensor, got {type(t).__name__}")
+    check_tensor(name, t)
     if not t.is_floating_point():
         raise TypeError(f"{name}: wanted a floating-point dtype, got {t.dtype}")
     if t.device != device:

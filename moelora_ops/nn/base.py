@@ -1,11 +1,18 @@
 """What every layer shares: a frozen base with in and out features, and how its output joins."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from .. import balance
 from ..functional import Routing
 from ..reference import LooksLikeBase
+
+_PARALLEL = (
+    "if it is tensor parallel, let it take and return all features: "
+    "ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())"
+)
 
 
 class AdapterLinear(LooksLikeBase, nn.Module):
@@ -54,7 +61,26 @@ class AdapterLinear(LooksLikeBase, nn.Module):
         # Exactly nn.Linear: quantised layers subclass it; hooks and parametrisations need the call.
         if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
             return {"weight": base.weight, "bias": base.bias, "base_output": None}
-        return {"weight": None, "bias": None, "base_output": base(x)}
+        return {"weight": None, "bias": None, "base_output": self.base_output(x)}
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """What the base, called as a module, says to x.
+
+        Raises:
+            ValueError: x or the output has some of the features only (tensor parallel), where the
+                experts need and make all.
+        """
+        if isinstance(x, Tensor) and x.dim() and x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x: wanted last dimension {self.in_features}, got {x.shape[-1]}; {_PARALLEL}"
+            )
+        y = self.base(x)
+        if y.shape[-1] != self.out_features:
+            raise ValueError(
+                f"base: wanted an output of {self.out_features} features, got {y.shape[-1]}; "
+                + _PARALLEL
+            )
+        return y
 
     def _record(self, y: Tensor, routing: Routing) -> Tensor:
         """Keep this call's routing for ``aux_loss`` and ``routing_stats``; returns y."""
@@ -64,3 +90,12 @@ class AdapterLinear(LooksLikeBase, nn.Module):
     def __getstate__(self):
         # The last call's by-products belong to its autograd graph: not to be copied or pickled.
         return {**self.__dict__, "routing": None, "dprob_sums": None}
+
+
+def init_stack(stack: nn.Parameter, fan_in: int) -> None:
+    """Kaiming-uniform(a=√5) of every expert in ``[E, r, features]``, that is ±1/√fan_in.
+
+    All at once: of a sharded parameter, one expert's rows would be a copy.
+    """
+    bound = 1 / math.sqrt(fan_in)
+    nn.init.uniform_(stack, -bound, bound)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, reference
-from .base import AdapterLinear
+from .base import AdapterLinear, init_stack
 
 
 class MoLALinear(AdapterLinear):
@@ -64,8 +64,7 @@ class MoLALinear(AdapterLinear):
 
     def reset_parameters(self) -> None:
         """Initialise the experts and the router anew; the layer is then equal to its base."""
-        for e in range(self.num_experts):
-            nn.init.kaiming_uniform_(self.lora_down[e], a=math.sqrt(5))
+        init_stack(self.lora_down, self.in_features)
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up)
 

@@ -4,14 +4,12 @@ Every linear has S skills, which are LoRAs, and a matrix that says which task us
 Polytropon and its kin know the task of each example; OrchMoE classifies it.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional, reference
-from .base import AdapterLinear
+from .base import AdapterLinear, init_stack
 from .checks import check_choice, check_count
 from .tasks import check_ids
 
@@ -46,11 +44,7 @@ class _SkillLinear(AdapterLinear):
 
     def reset_parameters(self) -> None:
         """Initialise everything anew; the layer is then equal to its base."""
-        segment = self.in_features // self.splits
-        for e in range(len(self.lora_down)):
-            for q in range(self.splits):
-                columns = slice(q * segment, (q + 1) * segment)
-                nn.init.kaiming_uniform_(self.lora_down[e, :, columns], a=math.sqrt(5))
+        init_stack(self.lora_down, self.in_features // self.splits)
         nn.init.zeros_(self.lora_up)
         nn.init.uniform_(self.skill_logits, -1e-3, 1e-3)
         if self.private == "matrix":

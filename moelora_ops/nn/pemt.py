@@ -243,7 +243,7 @@ class PEMTLinear(AdapterLinear):
         shares = (weights.to(hidden.dtype) * frozen.scales).unsqueeze(-1)
         shares = shares.reshape(len(weights), *[1] * (x.dim() - 2), *shares.shape[1:])
         mixed = (hidden * shares).flatten(-2)
-        return functional.expand(mixed, frozen.up_rows.flatten(0, 1), self.base(x))
+        return functional.expand(mixed, frozen.up_rows.flatten(0, 1), self.base_output(x))
 
     def _frozen_outputs(self) -> _Frozen:
         """Made once for as long as the experts stay."""
@@ -251,7 +251,9 @@ class PEMTLinear(AdapterLinear):
         # A compiler cannot compare addresses; it notices another tensor by itself.
         at = [0 if torch.compiler.is_compiling() else t.data_ptr() for t in ups]
         key = [at, *((t._version, t.dtype) for t in ups)]
-        if self._frozen is None or self._frozen[0] != key:
+        # Of parameters that FSDP2 gathers, a version says nothing; frozen ones stay as they are.
+        trained = any(t.requires_grad for t in ups)
+        if trained or self._frozen is None or self._frozen[0] != key:
             up_rows = self.lora_up.detach()
             if self.biases:
                 up_rows = torch.cat([up_rows, self.up_bias.detach()[:, None]], 1)

@@ -1,6 +1,5 @@
 """PEMT's stage 1: one expert beside a frozen linear, and what it hands to stage 2 (2402.15082)."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from ..reference import Expert
-from .base import AdapterLinear
+from .base import AdapterLinear, init_stack
 from .checks import check_choice, check_count
 from .pemt_adapter import one_per_token, required_ffn_input, share_parameters
 
@@ -75,9 +74,9 @@ class PEMTSourceLinear(AdapterLinear):
             for bias in (self.down_bias, self.up_bias):
                 nn.init.zeros_(bias)
             return
-        nn.init.kaiming_uniform_(self.lora_down[0], a=math.sqrt(5))
+        init_stack(self.lora_down, self.in_features)
         if self.init == "kaiming":
-            nn.init.kaiming_uniform_(self.lora_up[0].T, a=math.sqrt(5))
+            init_stack(self.lora_up, self.rank)
         else:
             nn.init.zeros_(self.lora_up)
 

@@ -139,7 +139,7 @@ class SharedGate(Companion):
         mixed = (self._hidden.pop(index) * weights.unsqueeze(-1)).flatten(-2)
         if not self._hidden:
             self._input = None  # held no longer than needed
-        y = functional.expand(mixed, layer.lora_up.flatten(0, 1), layer.base(x))
+        y = functional.expand(mixed, layer.lora_up.flatten(0, 1), layer.base_output(x))
         if is_first:
             y, self.routing = balance.record(self, y, gating_of(self, self.gates))
         return y
