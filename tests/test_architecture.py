@@ -2,7 +2,10 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -207,6 +210,22 @@ def test_the_version_is_stated_once():
     ]
     assert stated == ["moelora_ops/_version.py"]
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="no checkout")
+def test_a_source_distribution_has_every_file(tmp_path):
+    """All that the repository has, so that it builds and tests everything; hidden files aside."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path]
+    subprocess.run([*command, "sdist", "--dist-dir", tmp_path], cwd=ROOT, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        packed = {name.partition("/")[2] for name in files.getnames()}
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    kept = {name for name in listed.stdout.splitlines() if not name.startswith(".")}
+    assert kept <= packed
+    assert not any(name.endswith((".so", ".pyc")) for name in packed)
 
 
 def anchors(text):
