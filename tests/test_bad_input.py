@@ -271,6 +271,11 @@ def test_layer_dropout_mode():
     constructor_refused(MoLALinear, ValueError, message, nn.Linear(K, N), dropout_mode="row")
 
 
+def test_layer_renormalize():
+    message = "renormalize: wanted a bool, got 'no'"
+    constructor_refused(MoLALinear, TypeError, message, nn.Linear(K, N), renormalize="no")
+
+
 def test_layer_base_is_no_module():
     message = "base: wanted a torch.nn.Module, got Tensor"
     constructor_refused(MoLALinear, TypeError, message, torch.zeros(N, K))

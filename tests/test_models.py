@@ -327,6 +327,7 @@ def test_parameter_counts_of_the_paper(build, num_experts, wanted):
         ),
         (ValueError, "target_modules: wanted 'all-linear' or a sequence", {"target_modules": ()}),
         (ValueError, "target_modules: wanted 'all-linear' or a sequence", {"target_modules": [1]}),
+        (ValueError, "target_modules: wanted .* got None", {"target_modules": None}),
         (ValueError, "adapter_dtype: wanted None or one of", {"adapter_dtype": torch.int8}),
     ],
 )

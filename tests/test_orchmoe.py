@@ -389,6 +389,8 @@ def test_bad_router_input():
         router(torch.randn(2, 3, 6), torch.ones(2, 4))
     with pytest.raises(ValueError, match="num_tasks: wanted an int of at least 1, got 0"):
         TaskRouter(6, 0)
+    with pytest.raises(TypeError, match="causal: wanted a bool, got 'prompt'"):
+        TaskRouter(6, 2, "prompt")
 
 
 # ---- any model, any place of the checkpoint ----

@@ -1,7 +1,7 @@
 """What every method's configuration has: which linears it adapts, and of which dtype."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ class AdapterConfig:
     def __post_init__(self):
         targets = self.target_modules
         if targets != ALL_LINEAR:
-            names = [] if isinstance(targets, str) else list(targets)
+            is_list = isinstance(targets, Iterable) and not isinstance(targets, str)
+            names = list(targets) if is_list else []
             if not names or not all(isinstance(name, str) and name for name in names):
                 raise ValueError(
                     f"target_modules: wanted {ALL_LINEAR!r} or a sequence of module names, "

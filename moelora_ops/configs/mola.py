@@ -49,10 +49,9 @@ class MoLAConfig(AdapterConfig):
             per_layer = [experts]
         for number in per_layer:
             check_arguments(
-                number, self.rank, self.alpha, self.top_k, self.dropout, self.dropout_mode
-            )
-        if not isinstance(self.renormalize, bool):
-            raise TypeError(f"renormalize: wanted a bool, got {self.renormalize!r}")
+                number, self.rank, self.alpha, self.top_k, self.dropout, self.dropout_mode,
+                self.renormalize,
+            )  # fmt: skip
 
     def layer_arguments(self, name: str, layer: NumberedLayer | None) -> dict[str, Any]:
         """Constructor arguments, beside the base, of the adapter called `name` in `layer`."""

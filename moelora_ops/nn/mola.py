@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from .base import AdapterLinear, init_stack
+from .checks import check_bool, check_count
 
 
 class MoLALinear(AdapterLinear):
@@ -53,7 +54,7 @@ class MoLALinear(AdapterLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        check_arguments(num_experts, rank, alpha, top_k, dropout, dropout_mode)
+        check_arguments(num_experts, rank, alpha, top_k, dropout, dropout_mode, renormalize)
         super().__init__(base, device, dtype)
         self.num_experts, self.rank, self.alpha, self.top_k = num_experts, rank, alpha, top_k
         self.dropout, self.dropout_mode, self.renormalize = dropout, dropout_mode, renormalize
@@ -100,11 +101,11 @@ class MoLALinear(AdapterLinear):
         )
 
 
-def check_arguments(num_experts, rank, alpha, top_k, dropout, dropout_mode) -> None:
+def check_arguments(num_experts, rank, alpha, top_k, dropout, dropout_mode, renormalize) -> None:
     """The constructor's contract; a whole model's configuration is checked by it as well."""
-    for name, value in (("num_experts", num_experts), ("rank", rank)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: wanted an int of at least 1, got {value!r}")
+    check_count("num_experts", num_experts)
+    check_count("rank", rank)
     functional.check_finite("alpha", alpha)
     functional.check_top_k(top_k, num_experts)
     functional.check_dropout(dropout, dropout_mode)
+    check_bool("renormalize", renormalize)

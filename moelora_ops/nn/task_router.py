@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
-from .checks import check_count
+from .checks import check_bool, check_count
 
 _EPSILON = 1e-6  # in a root mean square
 
@@ -47,6 +47,8 @@ class TaskRouter(nn.Module):
         super().__init__()
         check_count("in_features", in_features)
         check_count("num_tasks", num_tasks)
+        check_bool("causal", causal)
+        check_bool("normalize", normalize)
         self.in_features, self.num_tasks = in_features, num_tasks
         self.causal, self.normalize = causal, normalize
         self.weight = nn.Parameter(torch.empty(num_tasks, in_features, device=device, dtype=dtype))
