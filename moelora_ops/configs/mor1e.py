@@ -23,8 +23,9 @@ class MoR1EConfig(AdapterConfig):
     Args:
         rank_down, rank_up, token_scale, task_scale, mode: see
             :class:`moelora_ops.nn.MoR1ELinear`.
-        centroids: ``[clusters, width]``, from :func:`moelora_ops.intuition.cluster`: the model gets
-            an :class:`moelora_ops.intuition.IntuitionEncoder` with them, as
+        centroids: ``[clusters, width]``, from :func:`~moelora_ops.intuition.cluster` (``from
+            moelora_ops.intuition import cluster``): the model gets an
+            :class:`~moelora_ops.intuition.IntuitionEncoder` with them, as
             ``model.moelora_companions.encoder``, which is saved with the adapter.  None: scores
             come from elsewhere, or there are none.
         learned_map: learn a linear map from clusters to experts, which may then differ in number.
