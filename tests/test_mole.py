@@ -365,6 +365,9 @@ def test_what_is_kept_follows_every_change(backend):
     with torch.inference_mode():
         layer(x)
     check()
+    layer.gate.data.mul_(2)  # leaves the version as it was
+    layer.eval()
+    check()
 
 
 def test_experts_are_frozen_and_only_the_gate_is_trained():

@@ -76,7 +76,8 @@ class MoLELinear(AdapterLinear):
 
     Buffers:
         lora_down: ``[E, r, in_features]``.
-        lora_up: ``[E, r, out_features]``, the B transposed.
+        lora_up: ``[E, r, out_features]``, the B transposed.  What follows from it is computed once
+            and again after a change in place, but a change through ``.data`` goes unnoticed.
         expert_mask: bool ``[E]`` (if gated), may be assigned at any time, also as a list; False
             removes an expert.
 
@@ -187,6 +188,13 @@ class MoLELinear(AdapterLinear):
         """Whatever was computed from the experts and the gate and kept."""
         self._derived: Derived | None = None
         self._kept: tuple[tuple[int, ...], Tensor] | None = None
+
+    def train(self, mode: bool = True) -> "MoLELinear":
+        """See ``nn.Module.train``."""
+        # A gate that is written through .data, as averages of weights are for an evaluation, keeps
+        # its version.
+        self._kept = None
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         self._forget()
