@@ -53,6 +53,8 @@ def test_matches_reference(gpu, shape, arch, dtype, multiprocessors, options):
 
 # What the tests below share, so that its kernels are compiled once.
 STANDARD = Shape(70, 200, 136, 8, 8, 2)
+# In float32, where products are slow to compile and to emulate: as many segments of features.
+SMALL = Shape(70, 136, 136, 4, 4, 2)
 
 
 def skewed(dtype=BF16):
@@ -147,13 +149,13 @@ def test_blocks_that_sort_walk_over_several_tiles(gpu, gpu_backend):
 @pytest.mark.skipif(bool(extension.why_missing()), reason=extension.why_missing())
 def test_keeps_what_the_cpu_keeps(gpu, gpu_backend):
     """The same choices; hidden, logits, weights and y no further off than PyTorch's would be."""
-    T, _, _, E, r, k = STANDARD
-    inputs = make_inputs(STANDARD, F32)
+    T, _, _, E, r, k = SMALL
+    inputs = make_inputs(SMALL, F32)
     y = [torch.zeros_like(inputs.dy) for _ in range(2)]
     with gpu(80):
         saved, counts, _ = ops.of(gpu_backend).topk_forward(*operator_arguments(inputs, y=y[0]))
     there, counts_there, _ = ops.of("cpu").topk_forward(*operator_arguments(inputs, y=y[1]))
-    got = views(saved)
+    got = views(saved, SMALL)
     *parts, selected = there.split((T * k * r, T * E, T * k, T * k))
     assert torch.equal(got.selected, selected.view(torch.int32))
     assert torch.equal(counts, counts_there)
@@ -205,14 +207,16 @@ def test_launches(gpu, T, options, route, mix, outer):
         assert names(device) == ["shrink_segments", mix, *expands]
 
 
-def adapter(inputs, rows=slice(None), **options):
-    """Output, dx and the gradients of parameters of the adapter alone, for some tokens."""
-    leaves = [t.detach().requires_grad_() for t in (inputs.x[rows], *inputs[3:6])]
+def adapter(inputs, rows=slice(None), trained=True, **options):
+    """Output and dx of the adapter alone for some tokens; if trained, also its own gradients."""
+    leaves = [inputs.x[rows].detach().requires_grad_()]
+    leaves += [t.detach().requires_grad_(trained) for t in inputs[3:6]]
     y = functional.mola(
         leaves[0], None, None, *leaves[1:], 2, 2.0, base_output=torch.zeros_like(inputs.dy[rows]),
         strategy="grouped", **options,
     )  # fmt: skip
-    return y.detach(), *torch.autograd.grad(y, leaves, inputs.dy[rows])
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return y.detach(), *torch.autograd.grad(y, wanted, inputs.dy[rows])
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [(90, BF16), (80, F32)], ids=str)
@@ -222,13 +226,13 @@ def test_a_token_does_not_depend_on_its_neighbours(gpu, arch, dtype):
     In float32 no rounding hides a sum in another order, and without renormalisation all logits are
     summed.
     """
-    inputs = make_inputs(STANDARD, dtype)
-    options = {"renormalize": dtype != F32}
+    inputs = make_inputs(SMALL if dtype == F32 else STANDARD, dtype)
+    options = {"renormalize": dtype != F32, "trained": False}
     with gpu(arch, 1):
-        whole = adapter(inputs, **options)[:2]
+        whole = adapter(inputs, **options)
     with gpu(arch):
         for rows in ([7], [66, 3], list(range(70))):
-            for got, want in zip(adapter(inputs, rows, **options), whole, strict=False):
+            for got, want in zip(adapter(inputs, rows, **options), whole, strict=True):
                 assert torch.equal(got, want[rows])
 
 
@@ -237,10 +241,9 @@ def test_repeated_calls_have_the_same_bits(gpu):
     inputs = make_inputs(STANDARD, BF16)
     with gpu(90):
         want = adapter(inputs)
-    for seed in (1, 2):
-        with gpu(90, seed=seed):
-            got = adapter(inputs)
-        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    with gpu(90, seed=1):
+        got = adapter(inputs)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_a_token_that_is_not_finite_spoils_no_other(gpu, gpu_backend):

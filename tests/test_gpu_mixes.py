@@ -22,6 +22,7 @@ HIGHEST_RANK = Size((20,), 40, 56, 2, 130)
 LONG = Size((2, 520), 24, 40, 3, 2)
 LONG_GRID = Size((2, 140), 24, 40, 3, 2)
 MANY_GATES = Size((3,), 40, 24, 128, 3)
+SOME_GATES = Size((3,), 40, 24, 48, 3)  # 144, and as many rows as take two tiles
 RANK_ONE = Size((21,), 40, 24, 5, 1)
 
 # What a mix is given per token, per sequence or by a row_map.
@@ -55,7 +56,7 @@ def on_backends(**cases):
             ("grid", "bare", RANK_ONE, 80, F16, None),
             ("grid", "rank1-sequence", STANDARD, 90, BF16, None),
             ("grid", "sequence", LONG_GRID, 80, F32, None),
-            ("grid", "token", MANY_GATES, 80, F16, None),
+            ("grid", "token", SOME_GATES, 80, F16, None),
             ("grid", "map", SMALL, 80, F64, None),
             ("grid", "rank1", SMALL, 80, F64, 1),
             ("averaged", "token", NO_TOKENS, 90, BF16, None),

@@ -145,7 +145,9 @@ def test_a_token_does_not_depend_on_its_neighbours(arch, dtype):
     In float32 no rounding hides a sum in another order, and without renormalisation all logits are
     summed.
     """
-    inputs = make_inputs(STANDARD, dtype)
+    # Products of float32 are slow to compile: fewer rows, as many segments of features.
+    shape = STANDARD if dtype == BF16 else Shape(70, 136, STANDARD.N, 4, 4, 2)
+    inputs = make_inputs(shape, dtype)
     with gpu(arch, 1):
         whole = adapter(inputs, range(STANDARD.T), renormalize=dtype != F32)
     for multiprocessors in (1, 4, 132):
