@@ -18,11 +18,12 @@ ExpandPlan plan_expand(const Expand& p, Device device) {
       const bool usual = warps == S::kWarps && strips == 1;
       const int64_t tiles = ceil_div<int64_t>(p.T, shape.tokens());
       const int64_t across = ceil_div<int64_t>(columns, strips) * p.batch.count;
-      const int64_t wanted = int64_t{S::kMostWarps} / warps * device.multiprocessors;
+      const int at_once = S::kMostWarps / warps;
+      const int64_t wanted = int64_t{at_once} * device.multiprocessors;
       const int64_t most = std::clamp<int64_t>(wanted / std::max<int64_t>(across, 1), 1, tiles);
       const int64_t per_walk = ceil_div(tiles, most), walks = ceil_div(tiles, per_walk);
-      const bool enough = 10 * across * walks >= 9 * wanted;
-      const bool fits = shape.shared_bytes() * S::kMostWarps / warps <= device.shared_bytes;
+      const bool enough = device.filled_by(across * walks, at_once);
+      const bool fits = shape.shared_bytes() * at_once <= device.shared_bytes;
       if (!usual && !(enough && fits && (strips == 1 || shape.resident()))) continue;
       const int64_t readings = p.batch.count * (shape.resident() ? walks : tiles);
       const int64_t moved = across * p.T + readings * p.columns;

@@ -22,6 +22,11 @@ struct Device {
   int multiprocessors;
   int shared_bytes;  // most of shared memory that one block can have
   int capability;    // compute capability, ten times its number
+
+  // Whether so many blocks give nine in ten multiprocessors as many as they can run at once.
+  bool filled_by(int64_t blocks, int at_once = 1) const {
+    return 10 * blocks >= 9 * int64_t{at_once} * multiprocessors;
+  }
 };
 Device current_device();
 

@@ -26,10 +26,10 @@ ShrinkPlan plan(const Shrink& p, Device device) {
   const auto tiles_of = [&](int warps) {
     return p.batch.count * ceil_div<int64_t>(p.T, 16 * warps) * columns;
   };
-  // Twice the tokens per block read the weights half as often, where blocks remain for all.
+  // Twice the tokens per block read the weights half as often, where blocks enough remain.
   constexpr int kMost = ShrinkTile<T>::kMostWarps;
   static_assert(16 * kMost == WgmmaTile::kTokens);
-  plan.warps = plan.wgmma || tiles_of(kMost) >= device.multiprocessors ? kMost : 4;
+  plan.warps = plan.wgmma || device.filled_by(tiles_of(kMost)) ? kMost : 4;
   const int64_t tiles = tiles_of(plan.warps);
   // With fewer blocks than half of the multiprocessors, segments of one tile go to several.
   plan.parts = 2 * tiles >= device.multiprocessors ? 1 : segments(p.columns);

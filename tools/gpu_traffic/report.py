@@ -27,6 +27,7 @@ CALLS = (
     usual("topk", LARGE, train="x"),
     usual("topk", LARGE, dropout=0.05),
     usual("topk", 2048),
+    usual("topk", 2 * LARGE),
     *(usual("topk", LARGE, E=64, r=16, strategy=s) for s in ("stacked", "grouped")),
     *(usual(method, T, train="") for method in METHODS for T in (1, 32)),
 )
