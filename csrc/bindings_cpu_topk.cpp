@@ -31,16 +31,18 @@ TopkSizes fill_common(moelora::Topk& p, const Tensor& x, const Tensor& lora_down
   return n;
 }
 
-// prob_sums [E] from the partial sums, in order; counts [E] from the choices.
+// prob_sums [E] from the partial sums, in order, and in double, as long inputs have thousands of
+// parts; counts [E] from the choices.
 template <class A>
 void sum_routing(const moelora::TopkForward& p, int64_t* counts, A* prob_sums) {
   std::fill(counts, counts + p.E, 0);
-  std::fill(prob_sums, prob_sums + p.E, A(0));
   for (int64_t q = 0; q < p.T * p.k; ++q) ++counts[p.selected[q]];
   const int64_t parts = (p.T + moelora::kTokenUnit - 1) / moelora::kTokenUnit;
   const A* partials = static_cast<const A*>(p.prob_partials);
+  std::vector<double> sums(p.E);
   for (int64_t i = 0; i < parts; ++i)
-    for (int e = 0; e < p.E; ++e) prob_sums[e] += partials[i * p.E + e];
+    for (int e = 0; e < p.E; ++e) sums[e] += partials[i * p.E + e];
+  std::copy(sums.begin(), sums.end(), prob_sums);
 }
 
 std::tuple<Tensor, Tensor, Tensor> topk_forward(const Tensor& x, const Tensor& lora_down,

@@ -53,6 +53,24 @@ def test_long_sums():
     assert_within_budget(Shape(2100, 1500, 1100, 4, 8, 2), torch.float32)
 
 
+def test_prob_sums_of_many_tokens():
+    """Pooled over draws, as they are few numbers."""
+    errors = torch.zeros(2, dtype=torch.float64)
+    for seed in range(4):
+        normal = torch.Generator().manual_seed(seed)
+        x, router = (torch.randn(*s, generator=normal) for s in ((30_000, 4), (5, 4)))
+        experts = torch.zeros(5, 1, 4)
+        with use_backend("cpu"):
+            _, routing = functional.mola(
+                x, torch.zeros(4, 4), None, experts, experts, router, 2, 1.0, return_routing=True
+            )
+        want = (x.double() @ router.double().T).softmax(-1).sum(0)
+        plain = (x @ router.T).softmax(-1).sum(0)
+        errors += torch.stack([(t - want).square().sum() for t in (routing.prob_sums, plain)])
+    ours, plain = errors.sqrt()
+    assert ours <= 2 * plain
+
+
 def test_many_rows_per_token():
     assert_within_budget(Shape(12, 24, 40, 128, 24, 90), torch.float32, strategy="grouped")
 
