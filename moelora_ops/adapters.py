@@ -59,7 +59,8 @@ def save_adapter(model: nn.Module, dir: str | os.PathLike) -> None:
     """
     check_model(model)
     safetensors = _safetensors()
-    model = sharded.settle(root_of(model))
+    model = root_of(model)
+    sharded.check_not_flat(model)
     layers, companions = _layers(model), _companions(model)
     if not layers:
         raise ValueError("model: has no adapters to save")
@@ -139,7 +140,8 @@ def load_adapter(
     """
     check_model(model)
     check_dtype("dtype", dtype)
-    model, given = sharded.settle(root_of(model)), model
+    given, model = model, root_of(model)
+    sharded.check_not_flat(model)
     directory = Path(dir)
     modules, companions, tensors = read_adapter(directory)
     entries = _qualified(modules, companions)

@@ -167,7 +167,11 @@ def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
 
 
 def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state of an adapted layer or a companion, by name: everything but what its base has."""
+    """The state of an adapted layer or a companion, by name: everything but what its base has.
+
+    Under FSDP2 these are the shards, also where it has gathered the parameters for a forward pass:
+    what is written to them lasts.
+    """
     state = module.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if not name.startswith("base.")}
 

@@ -31,7 +31,7 @@ def pemt_source(source: nn.Module | str | os.PathLike) -> PEMTSource:
         FileNotFoundError, ImportError: see :func:`moelora_ops.load_adapter`.
     """
     if isinstance(source, nn.Module):
-        source = sharded.settle(root_of(source))
+        source = root_of(source)
         layers = list(adapted_layers(source))
         found = {layer.method for layer in layers}
         experts = {

@@ -226,7 +226,8 @@ class TrainedNorms(Companion):
         self.weights = None
 
     def _in_model(self) -> list[nn.Parameter]:
-        return [getattr(module, attribute) for module, attribute in self._places]
+        # By state_dict, for which FSDP2 puts back the parameters that it has gathered meanwhile.
+        return [module.state_dict(keep_vars=True)[name] for module, name in self._places]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for i, weight in enumerate(self._in_model()):

@@ -7,7 +7,6 @@ only looked up: a model that has none of them has not imported it.
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,25 +62,12 @@ def check_not_managed(model: nn.Module, what: str) -> None:
                 )
 
 
-@torch.no_grad()
-def settle(model: nn.Module) -> nn.Module:
-    """`model` with its parameters where they stay, to be read or written as a whole.
-
-    FSDP2 leaves what was gathered for a forward pass until the backward pass; what is written there
-    is lost.
-
-    Raises:
-        ValueError: `model` has FullyShardedDataParallel (FSDP1), which flattens its parameters.
-    """
+def check_not_flat(model: nn.Module) -> None:
+    """Raise ``ValueError`` if `model` has FullyShardedDataParallel, which flattens parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return model
     for name, module in model.named_modules():
-        if isinstance(module, fsdp.FullyShardedDataParallel):
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             raise ValueError(
                 f"model: {name or 'it'} is wrapped by FullyShardedDataParallel, which flattens "
                 "parameters; shard it with torch.distributed.fsdp.fully_shard"
             )
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
-    return model

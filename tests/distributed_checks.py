@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import moelora_ops
 from moelora_ops.models import adapted_layers
 from moelora_ops.nn import LoRA, MoLALinear
+from moelora_ops.sharded import is_sharded
 
 PAGE = Path(__file__).parent.parent / "docs" / "distributed.md"
 DTYPE = torch.float64
@@ -286,6 +287,17 @@ def check_accumulated_gradients(rank):
         assert_equal(gradients(getattr(model, "module", model)), want)
 
 
+def check_fused_before_it_is_wrapped(rank):
+    losses, want = mean_of_halves(*of("mola"))
+    for wrap in (DistributedDataParallel, shard):
+        model = llama()
+        moelora_ops.apply(model, MOLA, implementation="reference")
+        model.load_state_dict(make("mola").state_dict())
+        wrapped = wrap(moelora_ops.fuse(model))
+        torch.testing.assert_close(backward(wrapped, "mola", half(rank)), losses[rank])
+        assert_equal(gradients(model), want)
+
+
 def check_experts_that_no_token_chose(rank):
     """Their gradients are zeros and not missing, so that DDP's reducer finds all it waits for."""
     model = llama(moelora_ops.MoLAConfig(num_experts=8, rank=2, top_k=1))
@@ -398,25 +410,26 @@ def check_what_mole_keeps(rank):
 def check_files_of_sharded_models(rank):
     for method in CONFIGS:
         single = make(method)
-        # A router beside the layers, and a single unit: their parameters are the root's.
-        wrap = fully_shard if method == "mola" else shard
-        model, other = wrap(make(method)), make(method)
+        model, other = shard(make(method)), make(method)
         with torch.no_grad():
             for parameter in moelora_ops.adapter_parameters(other):
                 parameter.add_(1)
-        wrap(other)
-        if method in ("mola", "orchmoe"):
-            # After a forward pass alone the root unit has its parameters whole.
+        shard(other)
+        if method == "orchmoe":
+            # After a forward pass alone the root, with the task routers, has its parameters whole.
             for m in (model, other):
                 with torch.no_grad():
                     m(input_ids=IDS)
+                assert not is_sharded(m.moelora_companions["task_routers"].routers[0].weight)
         with shared_directory(rank) as directory, tempfile.TemporaryDirectory() as own:
-            moelora_ops.save_adapter(model, directory)
+            moelora_ops.save_adapter(model, directory / str(rank))
             moelora_ops.save_adapter(single, own)
             dist.barrier()
-            files = {path.name: path.read_bytes() for path in directory.iterdir()}
+            assert [path.name for path in directory.iterdir()] == ["0"]  # the first one writes
+            files = {path.name: path.read_bytes() for path in (directory / "0").iterdir()}
             assert files == {path.name: path.read_bytes() for path in Path(own).iterdir()}
-            assert moelora_ops.load_adapter(other, directory) is other
+            assert moelora_ops.load_adapter(other, directory / "0") is other
+            other.reshard()  # as the next backward pass will do
             assert_equal(values(other), values(single), rtol=0, atol=0)
 
 
@@ -509,6 +522,14 @@ def check_pemt(rank):
     for name, parameter in single.named_parameters():
         parameter.grad = want.get(name)
     torch.optim.SGD(moelora_ops.adapter_parameters(single), lr=0.1).step()
+    with tempfile.TemporaryDirectory() as own:
+        moelora_ops.save_adapter(single, own)
+        model = shard_t5(pemt(given))
+        with torch.no_grad():
+            model(input_ids=IDS, labels=IDS)
+        moelora_ops.load_adapter(model, own)
+        model.reshard()  # as the next backward pass will do
+        assert_equal(values(model), values(single), rtol=0, atol=0)
     for wrap in (DistributedDataParallel, shard_t5):
         model = pemt(given)
         wrapped = wrap(model)

@@ -421,6 +421,20 @@ def test_autocast():
 # Bad input.
 
 
+def test_nothing_is_kept_of_trained_experts():
+    """FSDP2 gathers parameters anew into the same memory, and no version says so."""
+    layer = make_layer().train()
+    layer.lora_up.requires_grad_()
+    inputs = make_call(layer)
+    layer(**inputs)
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(layer.lora_up):
+        layer.lora_up.normal_()
+    fresh = copy.deepcopy(layer)  # copies keep nothing
+    for x in (layer, fresh):
+        x(**inputs)
+    assert torch.equal(layer.agreement.cosines, fresh.agreement.cosines)
+
+
 @pytest.mark.parametrize(
     ("message", "loras"),
     [
