@@ -405,6 +405,22 @@ def test_the_layer_compiles_whole():
     torch.testing.assert_close(dx, want["dx"])
 
 
+@pytest.mark.parametrize(
+    ("gate_query", "sparsity"), [("input", False), ("encoder", True), ("encoder", False)]
+)
+def test_the_layer_compiles_whole_with_less_to_read_off_x(gate_query, sparsity):
+    layer = make_layer(gate_query=gate_query, sparsity=sparsity, dtype=torch.float32)
+    inputs = make_call(layer, gate_query=gate_query, dtype=torch.float32)
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        f = call(**inputs)
+        loss = f.square().sum()
+        if sparsity:
+            loss = loss + 3 * reference.task_sparsity(layer.agreement)
+        results.append((f.detach(), *torch.autograd.grad(loss, (inputs["x"], layer.gate))))
+    torch.testing.assert_close(*results)
+
+
 def test_autocast():
     layer = make_layer(dtype=torch.float32)
     inputs = make_call(layer, dtype=torch.float32)

@@ -303,8 +303,9 @@ class _Taps(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.prompt_length, ctx.lora_down, ctx.own_dx = prompt_length, None, own_dx
         ctx.shape, ctx.like = x.shape, {"dtype": x.dtype, "device": x.device}
-        query = reference.prompt_query(x, prompt_length) if prompt_length else None
-        hidden = None
+        query = hidden = x.new_empty(0)  # not None, which a compiler would not differentiate
+        if prompt_length:
+            query = reference.prompt_query(x, prompt_length)
         if lora_down is not None:
             ctx.lora_down = lora_down.flatten(0, 1)
             hidden = functional.shrink(x, ctx.lora_down)
@@ -317,9 +318,9 @@ class _Taps(torch.autograd.Function):
             dx = torch.zeros(ctx.shape, **ctx.like)
         elif not (ctx.own_dx and dx.is_contiguous()):
             dx = dx.clone(memory_format=torch.contiguous_format)
-        if dquery is not None:
+        if ctx.prompt_length and dquery is not None:
             dx[:, : ctx.prompt_length] += (dquery / ctx.prompt_length).unsqueeze(1).to(dx.dtype)
-        if dhidden is not None:
+        if ctx.lora_down is not None and dhidden is not None:
             for rows, hidden in row_blocks(dx, dhidden):
                 rows.copy_(functional.expand(hidden, ctx.lora_down, rows))
         return dx, None, None, None
