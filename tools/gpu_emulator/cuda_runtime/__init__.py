@@ -72,21 +72,18 @@ def build(directory: Path, archs: tuple[str, ...] = ("80", "90a"), nvcc: str = "
         library.runtime, "cc", "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.runtime.name}",
         RUNTIME,
     )  # fmt: skip
-    device_code = [nvcc, "-O3", "-std=c++20", "-fmad=false", "-lineinfo", "-Icsrc", "-ptx"]
-    # Its device code, not even optimised, is never used, and is no binary for any card.
-    host_code = [
-        nvcc, "-O3", "-Xcicc=-O0", "-std=c++20", "-Icsrc", "-cudart=shared", "-Xcompiler=-fPIC",
-        "-DMOELORA_SM_90A", "-gencode=arch=compute_80,code=compute_80", "-c",
-    ]  # fmt: skip
-    for_emulator = [
-        (directory / f"{source.stem}.{arch}.ptx", *device_code, f"-arch={arch}", source)
-        for source in SOURCES
-        for arch in (f"compute_{arch}" for arch in archs)
+    first, *others = archs
+    device_code = [nvcc, "-O3", "-std=c++20", "-fmad=false", "-lineinfo", "-Icsrc"]
+    for_others = [
+        (directory / f"{s.stem}.compute_{a}.ptx", *device_code, "-ptx", f"-arch=compute_{a}", s)
+        for s in SOURCES
+        for a in others
     ]
-    for_host = [(directory / f"{source.stem}.o", *host_code, source) for source in SOURCES]
     with compilers() as pool:
-        made = list(pool.map(lambda task: compile(*task), for_emulator + for_host))
-        objects = made[len(for_emulator) :] + compile_bindings(directory, pool)
+        kernels = pool.map(lambda s: compile_kernels(directory, s, first, device_code), SOURCES)
+        made = pool.map(lambda task: compile(*task), for_others)
+        objects = [*compile_bindings(directory, pool), *kernels]
+        list(made)  # raises what failed
     compile(
         library.module, "c++", "-shared", *objects, library.runtime, f"-L{TORCH / 'lib'}",
         "-ltorch_cpu", "-Wl,-rpath,$ORIGIN",
@@ -122,6 +119,23 @@ def compile(target: Path, *command) -> Path:
             made = Path(scratch) / target.name
             subprocess.run([*map(str, command), "-o", str(made)], check=True, cwd=ROOT)
             made.rename(target)
+    return target
+
+
+def compile_kernels(directory: Path, source: Path, arch: str, device_code: list[str]) -> Path:
+    """The host's object of a source; beside it the PTX, which nvcc keeps on the way."""
+    target = directory / f"{source.stem}.o"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            command = [
+                *device_code, f"-gencode=arch=compute_{arch},code=compute_{arch}", "-cudart=shared",
+                "-Xcompiler=-fPIC", "-DMOELORA_SM_90A", "-c", source, "--keep", "--keep-dir",
+                scratch, "-o", f"{scratch}/{target.name}",
+            ]  # fmt: skip
+            subprocess.run(command, check=True, cwd=ROOT)
+            (kept,) = Path(scratch).glob("*.ptx")
+            kept.rename(directory / f"{source.stem}.compute_{arch}.ptx")
+            Path(scratch, target.name).rename(target)
     return target
 
 
