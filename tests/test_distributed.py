@@ -32,7 +32,7 @@ SECONDS = 240
 @pytest.fixture(scope="module")
 def errors(request, tmp_path_factory):
     """Of each rank, by check; only of the checks that are asked for, in one run."""
-    items = (i for i in request.session.items if i.module is request.module)
+    items = (i for i in request.session.items if getattr(i, "module", None) is request.module)
     asked = [item.callspec.params["check"] for item in items]
     folder = tmp_path_factory.mktemp("processes")
     root = CHECKS.parent.parent
