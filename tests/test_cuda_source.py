@@ -3,6 +3,7 @@
 Everything runs in processes of cuda_source_runs.py: one for each sanitizer.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +26,10 @@ CASES = (
 )  # fmt: skip
 SEEDS = (1, 2, 3)
 
+in_outer = functools.partial(Edit, "outer.cu")
+in_wgmma = functools.partial(Edit, "shrink_wgmma.cuh", source="shrink.cu")
+in_expand = functools.partial(Edit, "expand.cuh", source="grouped.cu")  # alone over segments
+in_routing = functools.partial(Edit, "topk.cuh", source="topk.cu")
 BARRIER = "    __syncthreads();  // this step has arrived for all, and nobody reads the previous"
 REST = " one any more"
 COPY = "\n    if (step + S::kStages - 1 < steps) copy(step + S::kStages - 1);"
@@ -32,55 +37,55 @@ COPY = "\n    if (step + S::kStages - 1 < steps) copy(step + S::kStages - 1);"
 PLANTED = {
     None: {
         "lax wait": (
-            Edit("outer.cu", "copy_async_wait<S::kStages - 2>", "copy_async_wait<S::kStages - 1>"),
+            in_outer("copy_async_wait<S::kStages - 2>", "copy_async_wait<S::kStages - 1>"),
             "walk", "AssertionError",
         ),
         "copy into what is read": (
-            Edit("outer.cu", BARRIER + REST + COPY, COPY + "\n" + BARRIER + REST),
+            in_outer(BARRIER + REST + COPY, COPY + "\n" + BARRIER + REST),
             "walk", "AssertionError",
         ),
         "product that is read too early": (
-            Edit("shrink_wgmma.cuh", "wgmma_wait<1>", "wgmma_wait<2>"),
+            in_wgmma("wgmma_wait<1>", "wgmma_wait<2>"),
             "wgmma segments", "AssertionError",
         ),
         "no fence between proxies": (
-            Edit("shrink_wgmma.cuh", "ptx::fence_async_proxy();", ""),
+            in_wgmma("ptx::fence_async_proxy();", ""),
             "wgmma", "shrink: block .*: read through the async proxy without a fence",
         ),
         "barrier that some skip": (
-            Edit("outer.cu", BARRIER, BARRIER.replace("__", "if (warp_id()) __", 1)),
+            in_outer(BARRIER, BARRIER.replace("__", "if (warp_id()) __", 1)),
             "walk", "outer: block .* waits for ever: __syncthreads",
         ),
     },
     "address": {
-        "store below the last row": (
-            Edit("expand.cuh", "|| left <= 0) continue;", "&& left <= 0) continue;"),
-            "fused", r"heap-buffer-overflow.*WRITE.*csrc/cuda/expand\.cuh",
+        "store beyond the last column": (
+            in_outer("column + c < product.columns", "column + c <= product.columns"),
+            "walk", r"heap-buffer-overflow.*WRITE.*csrc/cuda/outer\.cu",
         ),
         "too little shared memory": (
-            Edit("expand.cuh", "tokens() * kStagePitch", "(tokens() - 1) * kStagePitch"),
-            "fused", r"heap-buffer-overflow.*csrc/cuda/expand\.cuh",
+            in_outer("* stage_size()", "* (stage_size() - h_pitch())"),
+            "walk", r"heap-buffer-overflow.*csrc/cuda/outer\.cu",
         ),
         "index beyond an array": (
-            Edit("expand.cuh", "for (int i = 0; i < 8; ++i)", "for (int i = 0; i < 9; ++i)"),
-            "split", r"csrc/cuda/expand\.cuh:\d+:\d+: runtime error: index",
+            in_expand("for (int i = 0; i < 8; ++i)", "for (int i = 0; i < 9; ++i)"),
+            "grouped", r"csrc/cuda/expand\.cuh:\d+:\d+: runtime error: index",
         ),
     },
     "thread": {
         "no __syncthreads": (
-            Edit("outer.cu", BARRIER, BARRIER.replace("__syncthreads();", "")),
+            in_outer(BARRIER, BARRIER.replace("__syncthreads();", "")),
             "walk", r"data race.*csrc/cuda/outer\.cu",
         ),
         "no __syncthreads before wgmma": (
-            Edit("shrink_wgmma.cuh", "ptx::fence_async_proxy();\n      __syncthreads();", ""),
+            in_wgmma("ptx::fence_async_proxy();\n      __syncthreads();", ""),
             "wgmma", r"data race.*csrc/cuda/shrink_wgmma\.cuh",
         ),
         "no __syncwarp": (
-            Edit("expand.cuh", "sum; });\n  __syncwarp();", "sum; });\n"),
-            "split", r"data race.*csrc/cuda/expand\.cuh",
+            in_expand("sum; });\n  __syncwarp();", "sum; });\n"),
+            "grouped", r"data race.*csrc/cuda/expand\.cuh",
         ),
         "blocks that share a place": (
-            Edit("topk.cuh", "p.prob_partials)[block * E + e]", "p.prob_partials)[e]"),
+            in_routing("p.prob_partials)[block * E + e]", "p.prob_partials)[e]"),
             "walk", r"data race.*csrc/cuda/topk\.cuh",
         ),
     },

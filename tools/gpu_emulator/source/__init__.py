@@ -54,6 +54,9 @@ class Edit(NamedTuple):
     file: str  # of csrc/cuda
     old: str
     new: str
+    # The source that is compiled with a change of a header, by default the file itself.  What other
+    # sources have from that place too may stay as it is.
+    source: str | None = None
 
 
 def compiler() -> list[str] | None:
@@ -91,7 +94,7 @@ def build(
 
     directory: for one state of the sources; objects that are there already are taken.
     sanitizer: None, "address" (with the one for undefined behaviour) or "thread".
-    edit, name: a change to the sources, and what to call the result.  What it does not touch is
+    edit, name: a change, and what to call the result.  One source is compiled with it; all else is
         taken from the build without it.
 
     Raises subprocess.CalledProcessError, with the compiler's messages on stderr.
@@ -103,15 +106,15 @@ def build(
         return library
     plain = _translate(directory / "csrc/cuda")
     edited = _translate(directory / f"csrc_{name}/cuda", edit) if edit else plain
+    changed = edit and (edit.source or edit.file)
     command = [
         *compiler(), "-std=c++20", "-O0", "-g1", "-fPIC", "-fno-strict-aliasing",
         "-DMOELORA_SM_90A", f"-I{HERE}", "-c",
     ]  # fmt: skip
 
     def compile_kernels(source: Path) -> Path:
-        changed = edit is not None and _reads(source, edit.file)
-        folder = edited if changed else plain
-        target = directory / f"{source.stem}.{variant}{f'_{name}' if changed else ''}.o"
+        folder, suffix = (edited, f"_{name}") if source.name == changed else (plain, "")
+        target = directory / f"{source.stem}.{variant}{suffix}.o"
         return compile(
             target, *command, *flags, f"-I{folder.parent}", "-Icsrc", "-x", "c++",
             folder / source.name,
@@ -123,15 +126,6 @@ def build(
     return compile(
         library, *compiler(), "-shared", *flags, *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"
     )
-
-
-def _reads(source: Path, file: str) -> bool:
-    """Whether a source includes a file of csrc/cuda, or is it."""
-    names = [source.name]
-    for name in names:
-        included = re.findall(r'#include "cuda/(\w+\.cuh)"', (KERNELS / name).read_text())
-        names += [i for i in included if i not in names]
-    return file in names
 
 
 def _translate(to: Path, edit: Edit | None = None) -> Path:
