@@ -13,6 +13,7 @@ Tables and plots go to the folder of --output.
 
 # ruff: noqa: E402  (the environment is set before the imports that read it)
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -149,7 +150,10 @@ def train(
     optimizer, schedule = make_optimizer(parameters, lr, len(batches))
     losses = []
     for batch in batches:
-        with moelora_ops.sequence_mask(model, batch.mask):
+        masked = contextlib.nullcontext()  # a LoRA has no gates
+        if balance is not None:
+            masked = moelora_ops.sequence_mask(model, batch.mask)
+        with masked:
             loss = tasks.answer_loss(model, batch)
             total = loss
             if balance is not None:
