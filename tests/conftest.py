@@ -9,9 +9,9 @@ from moelora_ops.backends import extension
 
 # Started first, so that no process of many is left alone with one of them at the end.
 LONGEST_FILES = (
-    "test_gpu_mixes.py", "test_cuda_source.py", "test_triton_compile.py", "test_cuda.py",
-    "test_triton.py", "test_gpu_traffic.py", "test_gpu_emulator_triton.py", "test_gpu_grouped.py",
-    "test_cuda_traffic.py",
+    "test_gpu_mixes.py", "test_triton_compile.py", "test_gpu_grouped.py", "test_triton.py",
+    "test_cuda_source.py", "test_cuda.py", "test_kernels.py", "test_gpu_traffic.py",
+    "test_gpu_emulator_triton.py", "test_cuda_traffic.py",
 )  # fmt: skip
 
 
