@@ -38,6 +38,38 @@ struct WidePanel {
   // Coefficients h[0..n) of one expert's rows as words.
   static MOELORA_INLINE void pack(const A* h, int n, word* out) { memcpy(out, h, n * sizeof(A)); }
 
+  // sums += the terms of one run, which begins at an entry.
+  template <int kTokens, int kWidth>
+  static MOELORA_INLINE void add_run(vec<A> (&sums)[kTokens][kWidth], int begin, int n,
+                                     const int32_t* entry, const word* h, int64_t ldh,
+                                     const A* panel) {
+    const int end = n - begin < kRunEntries ? n : begin + kRunEntries;
+    for (int p = begin; p < end; ++p) {
+      const A* row = panel + static_cast<int64_t>(entry ? entry[p] : p) * kEntry;
+      MOELORA_UNROLL
+      for (int v = 0; v < kWidth; ++v) {
+        const vec<A> r =
+            kTokens > 1 ? in_register(load(row + v * kLanes<A>)) : load(row + v * kLanes<A>);
+        MOELORA_UNROLL
+        for (int i = 0; i < kTokens; ++i)
+          sums[i][v] = sums[i][v] + in_register(splat(h[i * ldh + p])) * r;
+      }
+    }
+  }
+
+  template <int kTokens, int kWidth>
+  static __attribute__((noinline)) void add_more_runs(vec<A> (&total)[kTokens][kWidth], int n,
+                                                      const int32_t* entry, const word* h,
+                                                      int64_t ldh, const A* panel) {
+    for (int begin = kRunEntries; begin < n; begin += kRunEntries) {
+      vec<A> part[kTokens][kWidth] = {};
+      add_run(part, begin, n, entry, h, ldh, panel);
+      MOELORA_UNROLL
+      for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
+        for (int v = 0; v < kWidth; ++v) total[i][v] = total[i][v] + part[i][v];
+    }
+  }
+
   // y[i, v] = init[i, v] + Σ_p h[i, p] panel[entry[p], v] for kTokens tokens and kVectors registers
   // of columns.
   //   init  what is added last: y itself to accumulate, a bias (ldi = 0), or null for nothing. Last
@@ -46,30 +78,13 @@ struct WidePanel {
   template <int kTokens, int kWidth>
   static MOELORA_INLINE void tile(int n, const int32_t* entry, const word* h, int64_t ldh,
                                   const A* panel, const T* init, int64_t ldi, T* y, int64_t ldy) {
-    vec<A> sums[kTokens][kWidth], total[kTokens][kWidth];
-    for (int begin = 0; begin == 0 || begin < n; begin += kRunEntries) {
-      const int end = n - begin < kRunEntries ? n : begin + kRunEntries;
-      MOELORA_UNROLL
-      for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
-        for (int v = 0; v < kWidth; ++v) sums[i][v] = vec<A>{};
-      for (int p = begin; p < end; ++p) {
-        const A* row = panel + static_cast<int64_t>(entry ? entry[p] : p) * kEntry;
-        MOELORA_UNROLL
-        for (int v = 0; v < kWidth; ++v) {
-          const vec<A> r =
-              kTokens > 1 ? in_register(load(row + v * kLanes<A>)) : load(row + v * kLanes<A>);
-          MOELORA_UNROLL
-          for (int i = 0; i < kTokens; ++i)
-            sums[i][v] = sums[i][v] + in_register(splat(h[i * ldh + p])) * r;
-        }
-      }
-      if (n <= kRunEntries) break;
-      MOELORA_UNROLL
-      for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
-        for (int v = 0; v < kWidth; ++v) {
-          if (begin) sums[i][v] = total[i][v] + sums[i][v];
-          total[i][v] = sums[i][v];
-        }
+    vec<A> sums[kTokens][kWidth] = {};
+    add_run(sums, 0, n, entry, h, ldh, panel);
+    if (n > kRunEntries) {  // apart, so that the sums of few entries keep their registers
+      vec<A> total[kTokens][kWidth];
+      memcpy(total, sums, sizeof(total));
+      add_more_runs(total, n, entry, h, ldh, panel);
+      memcpy(sums, total, sizeof(total));
     }
     MOELORA_UNROLL
     for (int i = 0; i < kTokens; ++i) MOELORA_UNROLL
