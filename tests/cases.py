@@ -156,3 +156,25 @@ def assert_within_budget(
         for runs in (got, plain, want)
     ]
     numerics.check_numerics(str(shape), *pooled)
+
+
+def assert_prob_sums_within_budget(on, draws: int = 4, **options) -> None:
+    """Of many tokens, by what `on()` makes the default; pooled over draws, as they are few numbers.
+
+    options: of ``functional.mola``.
+    """
+    errors = torch.zeros(2, dtype=torch.float64)
+    for seed in range(draws):
+        normal = torch.Generator().manual_seed(seed)
+        x, router = (torch.randn(*s, generator=normal) for s in ((30_000, 4), (5, 4)))
+        experts = torch.zeros(5, 1, 4)
+        with on():
+            _, routing = functional.mola(
+                x, torch.zeros(4, 4), None, experts, experts, router, 2, 1.0, return_routing=True,
+                **options,
+            )  # fmt: skip
+        want = (x.double() @ router.double().T).softmax(-1).sum(0)
+        plain = (x @ router.T).softmax(-1).sum(0)
+        errors += torch.stack([(t - want).square().sum() for t in (routing.prob_sums, plain)])
+    ours, plain = errors.sqrt()
+    assert ours <= 2 * plain

@@ -124,13 +124,13 @@ __device__ __forceinline__ void write_tokens(const Expand& p, const Tokens& toke
   __syncwarp();
 }
 
-// Sums over blocks, a thread a column.  Four sums at a time: four loads in flight, and less error
-// than one long sum.
+// Sums over blocks, a thread a column: in double, as long inputs have hundreds of them, and four at
+// a time, so that four loads are in flight.
 template <class A>
 __device__ __forceinline__ void add_statistics(const Statistics& s) {
   constexpr int kSums = 4;
   for (int e = threadIdx.x; e < s.E; e += blockDim.x) {
-    A sums[kSums] = {};
+    double sums[kSums] = {};
     int64_t count = 0;
     for (int64_t b0 = 0; b0 < s.blocks; b0 += kSums)
 #pragma unroll
@@ -139,7 +139,7 @@ __device__ __forceinline__ void add_statistics(const Statistics& s) {
         sums[i] += static_cast<const A*>(s.prob_partials)[(b0 + i) * s.E + e];
         if (s.counts) count += s.count_partials[(b0 + i) * s.E + e];
       }
-    static_cast<A*>(s.prob_sums)[e] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    static_cast<A*>(s.prob_sums)[e] = static_cast<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
     if (s.counts) s.counts[e] = count;
   }
 }
