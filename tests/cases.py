@@ -158,23 +158,28 @@ def assert_within_budget(
     numerics.check_numerics(str(shape), *pooled)
 
 
-def assert_prob_sums_within_budget(on, draws: int = 4, **options) -> None:
-    """Of many tokens, by what `on()` makes the default; pooled over draws, as they are few numbers.
+def assert_prob_sums_within_budget(on, T: int, draws: int, **options) -> None:
+    """Of many tokens, by what `on()` makes the default.
+
+    Random logits, pooled over draws, as sums are few numbers; and those of a router that prefers
+    an expert and, from the middle on, shuns it.
 
     options: of ``functional.mola``.
     """
-    errors = torch.zeros(2, dtype=torch.float64)
-    for seed in range(draws):
-        normal = torch.Generator().manual_seed(seed)
-        x, router = (torch.randn(*s, generator=normal) for s in ((30_000, 4), (5, 4)))
-        experts = torch.zeros(5, 1, 4)
-        with on():
-            _, routing = functional.mola(
-                x, torch.zeros(4, 4), None, experts, experts, router, 2, 1.0, return_routing=True,
-                **options,
-            )  # fmt: skip
-        want = (x.double() @ router.double().T).softmax(-1).sum(0)
-        plain = (x @ router.T).softmax(-1).sum(0)
-        errors += torch.stack([(t - want).square().sum() for t in (routing.prob_sums, plain)])
-    ours, plain = errors.sqrt()
-    assert ours <= 2 * plain
+    skewed = torch.zeros(T, 5)
+    skewed[: T // 2, 0], skewed[T // 2 :, 0] = 12, -5
+    normal = torch.Generator().manual_seed(0)
+    for pool in ([torch.randn(T, 5, generator=normal) for _ in range(draws)], [skewed]):
+        errors = torch.zeros(2, dtype=torch.float64)
+        for logits in pool:
+            experts = torch.zeros(5, 1, 5)
+            with on():
+                _, routing = functional.mola(
+                    logits, torch.zeros(5, 5), None, experts, experts, torch.eye(5), 2, 1.0,
+                    return_routing=True, **options,
+                )  # fmt: skip
+            want = logits.double().softmax(-1).sum(0)
+            plain = logits.softmax(-1).sum(0)
+            errors += torch.stack([(t - want).square().sum() for t in (routing.prob_sums, plain)])
+        ours, plain = errors.sqrt()
+        assert ours <= 2 * plain

@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import Shape, assert_within_budget, make_inputs, reference_run, run
+from cases import (
+    Shape,
+    assert_prob_sums_within_budget,
+    assert_within_budget,
+    make_inputs,
+    reference_run,
+    run,
+)
 from gpus import names, opcheck
 
 from moelora_ops import functional, ops
@@ -323,3 +330,8 @@ def test_more_pairs_than_an_int32_counts_are_refused(gpu, gpu_backend):
     with gpu(90) as device, pytest.raises(RuntimeError, match="x: wanted at most 1073741823"):
         ops.of(gpu_backend).topk_forward(*operator_arguments(inputs._replace(x=x), y=y))
     assert not device.launches
+
+
+@pytest.mark.parametrize("strategy", ("stacked", "grouped"))
+def test_prob_sums_of_many_tokens(gpu, strategy):
+    assert_prob_sums_within_budget(gpu, 4000, 0, strategy=strategy)

@@ -202,7 +202,9 @@ def test_all_tests_that_know_a_gpu_run():
         "test_cuda_traffic.py", "test_devices.py", "test_gpu_traffic.py", "test_triton_compile.py",
         "test_tune_tiles.py",
     }  # fmt: skip
-    known = re.compile(r"^(?:from|import) (?:triton_gpu|cuda_gpu|gpus)\b", re.MULTILINE)
+    known = re.compile(
+        r"^(?:from|import) (?:triton_gpu|cuda_gpu|gpus)\b|^def test_\w+\([^)]*\bgpu\b", re.MULTILINE
+    )
     folder = ROOT / "tests"
     found = {p.name for p in folder.glob("test_*.py") if known.search(p.read_text())} - without
     assert {Path(file).name for files in on_gpu.TESTS.values() for file in files} == found

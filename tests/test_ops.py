@@ -54,7 +54,7 @@ def test_long_sums():
 
 
 def test_prob_sums_of_many_tokens():
-    cases.assert_prob_sums_within_budget(lambda: use_backend("cpu"))
+    cases.assert_prob_sums_within_budget(lambda: use_backend("cpu"), 30_000, 4)
 
 
 def test_many_rows_per_token():

@@ -14,9 +14,9 @@ __device__ __forceinline__ void save_routing(const TopkForward& p, int64_t block
                                              const A* logits, int pitch, const Row& row) {
   const int E = p.E, k = p.k;
   for (int e = threadIdx.x; e < E; e += blockDim.x) {
-    A sum = 0;
+    double sum = 0;  // a router may give an expert nearly the same, again and again
     for (int i = 0; i < n; ++i) sum += row(i).probs[e];
-    static_cast<A*>(p.prob_partials)[block * E + e] = sum;
+    static_cast<A*>(p.prob_partials)[block * E + e] = static_cast<A>(sum);
   }
   for_each(n, k, [&](int i, int s) {
     static_cast<A*>(p.weights)[(t0 + i) * k + s] = row(i).weights[s];
