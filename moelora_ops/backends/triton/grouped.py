@@ -121,7 +121,7 @@ def sort(
         if slot == 0:
             tl.store(starts + E * TOP_K, T * TOP_K)
             tl.store(counts + e, total.to(tl.int64), mask=e < E)
-            sums = sum_tiles(tile_sums, tiles, E, EP, BG, tl.float64)
+            sums = sum_tiles(tile_sums, tiles, E, EP, BG, tl.float32)
             tl.store(prob_sums + e, sums, mask=e < E)
     begin = part.to(tl.int64) * span
     end = tl.minimum(begin + span, T)

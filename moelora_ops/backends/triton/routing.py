@@ -82,14 +82,11 @@ def store_prob_sums(prob_sums, p, exists, tile, E: tl.constexpr, writes=True):
 def sum_tiles(
     values, tiles, E: tl.constexpr, EP: tl.constexpr, BG: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
-    """Sum [EP] of values [tiles, E], BG rows at a time.
-
-    DTYPE: of the sum; long inputs have hundreds of tiles.
-    """
+    """Sum [EP] in DTYPE of values [tiles, E], BG rows at a time."""
     e, g = tl.arange(0, EP), tl.arange(0, BG).to(tl.int64)
     total = tl.zeros([EP], DTYPE)
     for g0 in range(0, tiles, BG):
         mask = (g0 + g < tiles)[:, None] & (e < E)[None, :]
         at = values + (g0 + g)[:, None] * E + e[None, :]
-        total += tl.sum(tl.load(at, mask=mask, other=0).to(DTYPE), 0)
+        total += tl.sum(tl.load(at, mask=mask, other=0), 0)
     return total

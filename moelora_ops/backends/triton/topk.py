@@ -245,7 +245,7 @@ def expand_and_count(
     elif part == 0:
         e = tl.arange(0, EP)
         tl.store(counts + e, sum_tiles(tile_counts, tiles, E, EP, BG, tl.int64), mask=e < E)
-        tl.store(prob_sums + e, sum_tiles(tile_sums, tiles, E, EP, BG, tl.float64), mask=e < E)
+        tl.store(prob_sums + e, sum_tiles(tile_sums, tiles, E, EP, BG, tl.float32), mask=e < E)
 
 
 @triton.jit(do_not_specialize=["T"])
