@@ -171,6 +171,10 @@ def test_a_token_does_not_depend_on_its_neighbours(gpu, arch, dtype):
     assert device.launches[0].grid[2] == 5
 
 
+def test_prob_sums_of_many_tokens(gpu):
+    cases.assert_prob_sums_within_budget(gpu, 4000, 0, strategy="stacked")
+
+
 def test_few_tokens_with_dropout(gpu):
     """Two launches, and the bits of many tokens."""
     inputs = make_inputs(STANDARD, BF16)

@@ -332,6 +332,5 @@ def test_more_pairs_than_an_int32_counts_are_refused(gpu, gpu_backend):
     assert not device.launches
 
 
-@pytest.mark.parametrize("strategy", ("stacked", "grouped"))
-def test_prob_sums_of_many_tokens(gpu, strategy):
-    assert_prob_sums_within_budget(gpu, 4000, 0, strategy=strategy)
+def test_prob_sums_of_many_tokens(gpu):
+    assert_prob_sums_within_budget(gpu, 4000, 0, strategy="grouped")

@@ -8,6 +8,7 @@ and a case runs on one architecture and in one dtype.
 import subprocess
 import sys
 
+import cases
 import pytest
 import torch
 from cases import QUANTITIES, Shape, make_inputs, reference_run, run
@@ -194,6 +195,10 @@ def routed(x, router, top_k=2, features=136):
         normal(E, 8, features, dtype=x.dtype, seed=2), router, top_k, 1.0,
         base_output=torch.zeros(x.shape[0], features, dtype=x.dtype), return_routing=True,
     )  # fmt: skip
+
+
+def test_prob_sums_of_many_tokens():
+    cases.assert_prob_sums_within_budget(gpu, 4000, 0, strategy="stacked")
 
 
 def test_no_features_out():

@@ -72,34 +72,34 @@ __device__ __forceinline__ void outer_16(
   }
 }
 
-// Where a row of sums goes: to the partial sums of the block's chunk, or to its output.
+// A row of sums, in the accumulator's type or that of the elements.
 template <class T>
-class OutputRow {
- public:
-  //   at  of the row's first element, in the products and the sums one after the other
-  __device__ OutputRow(const Outer& p, int64_t at) {
-    if (p.partials) {
-      to_ = static_cast<A*>(p.partials) + blockIdx.y * p.size() + at;
-      return;
-    }
-    const Outer::Output* out = p.outputs;
-    for (; at >= out->size; ++out) at -= out->size;
-    wide_ = out->wide;
-    to_ = wide_ ? static_cast<void*>(static_cast<A*>(out->to) + at)
-                : static_cast<void*>(static_cast<T*>(out->to) + at);
-  }
-  __device__ void write(int64_t column, acc_t<T> sum) const {
-    if (wide_)
-      static_cast<A*>(to_)[column] = sum;
-    else
-      static_cast<T*>(to_)[column] = static_cast<T>(sum);
-  }
+struct SumRow {
+  void* to;
+  bool wide;
 
- private:
-  using A = acc_t<T>;
-  void* to_;
-  bool wide_ = true;
+  __device__ void write(int64_t column, acc_t<T> sum) const {
+    if (wide)
+      static_cast<acc_t<T>*>(to)[column] = sum;
+    else
+      static_cast<T*>(to)[column] = static_cast<T>(sum);
+  }
 };
+
+// In the outputs; `at` counts through the products and the sums, one after the other.
+template <class T>
+__device__ __forceinline__ SumRow<T> output_row(const Outer& p, int64_t at) {
+  const Outer::Output* out = p.outputs;
+  for (; at >= out->size; ++out) at -= out->size;
+  return {static_cast<char*>(out->to) + at * (out->wide ? sizeof(acc_t<T>) : sizeof(T)), out->wide};
+}
+
+// In the partial sums of the block's chunk, if there are any.
+template <class T>
+__device__ __forceinline__ SumRow<T> part_row(const Outer& p, int64_t at) {
+  if (!p.partials) return output_row<T>(p, at);
+  return {static_cast<acc_t<T>*>(p.partials) + blockIdx.y * p.size() + at, true};
+}
 
 // A strip of columns of one row's sums: threads stand side by side along a token's columns, as many
 // tokens at a time as there is room for.
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps * OuterTile<T>::kMos
     const TokenSums& sums = p.sums[other];
     const int64_t at = p.products[0].size() + p.products[1].size() + (other ? p.sums[0].size() : 0);
     // A row of a sum may go to several outputs.
-    const auto write = [&](int64_t i, A sum) { OutputRow<T>(p, at + i).write(0, sum); };
+    const auto write = [&](int64_t i, A sum) { part_row<T>(p, at + i).write(0, sum); };
     const int64_t strip = block - (other ? before : 0);
     A* lanes = reinterpret_cast<A*>(shared);
     if (sums.wide)
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(32 * OuterTile<T>::kWarps * OuterTile<T>::kMos
     for_each_row_of_sums(sums[m], [&](int i, const auto& each) {
       const int row = 16 * m + i;
       if (row >= rows) return;
-      const OutputRow<T> out(p, at + (c0 + row) * ld);
+      const SumRow<T> out = part_row<T>(p, at + (c0 + row) * ld);
       each([&](int c, A sum) {
         if (column + c < product.columns) out.write(column + c, sum);
       });
@@ -281,17 +281,7 @@ __global__ void __launch_bounds__(kFlatThreads) add_parts_kernel(const Outer p) 
   for_each_flat(size, [&](int64_t i) {
     A sum = 0;
     for (int part = 0; part < p.parts; ++part) sum += partials[part * size + i];
-    int64_t at = i;
-#pragma unroll
-    for (const Outer::Output& out : p.outputs) {
-      if (0 <= at && at < out.size) {
-        if (out.wide)
-          static_cast<A*>(out.to)[at] = sum;
-        else
-          static_cast<T*>(out.to)[at] = static_cast<T>(sum);
-      }
-      at -= out.size;
-    }
+    output_row<T>(p, i).write(0, sum);
   });
 }
 
