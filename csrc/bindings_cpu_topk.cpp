@@ -154,42 +154,27 @@ std::tuple<Tensor, Tensor, Tensor> topk_backward(
   return {dlora_down, dlora_up, drouter};
 }
 
-Tensor small_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Rows rows = rows_of(x, "x"), weights = rows_of(weight, "weight");
-  const int64_t K = weight.size(1), N = weight.size(0);
-  STD_TORCH_CHECK(weight.dim() == 2 && x.size(x.dim() - 1) == K, "x: wanted last dimension ", K);
-  check_like(weight, x, {N, K}, "weight");
-  check_bias(bias, x, N);
-  std::vector<int64_t> shape = shape_of(x);
-  shape.back() = N;
-  Tensor y = empty(shape, x.scalar_type());
-  const moelora::Kernels& kernels = moelora::kernels(dtype_of(x));
-  split(N, kColumnUnit, [&](int64_t n0, int64_t n1) {
-    kernels.small_linear(read(x), rows.stride, rows.count, read(weight), weights.stride, read(bias),
-                         K, n0, n1, data<void>(y), N);
-  });
-  return y;
-}
-
 std::string cpu_isa() { return moelora::isa_level(); }
 std::string cpu_isa_levels() { return moelora::isa_levels_built(); }
+std::string cpu_vendor() { return moelora::cpu_vendor(); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(moelora_ops, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_levels() -> str");
+  m.def("cpu_vendor() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moelora_ops, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isa_levels", TORCH_BOX(&cpu_isa_levels));
+  m.impl("cpu_vendor", TORCH_BOX(&cpu_vendor));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moelora_ops, CPU, m) {
   m.impl("topk_forward", TORCH_BOX(&topk_forward));
   m.impl("topk_backward", TORCH_BOX(&topk_backward));
-  m.impl("small_linear", TORCH_BOX(&small_linear));
 }
 
 // An empty Python module, so that `import moelora_ops._C` loads the library; no other Python symbol

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .backends import extension
 
 # ---------------------------------------------------------------- the frozen linear
 
@@ -24,22 +25,22 @@ def _start(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    small_base: bool,
+    own_base: bool,
 ) -> tuple[Tensor, Tensor | None, bool]:
     """What a mix's operator writes to: y, the bias that it adds and whether it accumulates.
 
     Args:
         x: ``[..., K]``, contiguous, or a matrix with contiguous rows.
         expand_first: write the adapter, then add the base GEMM with beta = 1.
-        small_base: compute the base with ``ops.small_linear``.
+        own_base: compute the base with ``ops.linear``, not with the library's GEMM.
     """
     if base_output is not None:
         # Never written in place: the module that made it may have saved it for its own backward.
         return base_output.clone(memory_format=torch.contiguous_format), None, True
     if expand_first:
         return x.new_empty((*x.shape[:-1], weight.shape[0])), bias, False
-    if small_base:
-        return ops.small_linear(x, weight, bias), None, True
+    if own_base:
+        return ops.linear(x, weight, bias), None, True
     return F.linear(x, weight, bias), None, True
 
 
@@ -55,12 +56,19 @@ def _finish(y: Tensor, x: Tensor, weight: Tensor | None, accumulate: bool) -> Te
     return y
 
 
+def _through(ctx, dy: Tensor, weight: Tensor) -> Tensor:
+    """``dy @ weight``, what a base on the CPU passes on; ours if forward was and it is faster."""
+    if ctx.own_base and extension.own_linear_backward(dy):
+        return ops.linear_backward(dy, weight)
+    return torch.matmul(dy, weight)
+
+
 def _start_backward(ctx, dy: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, bool]:
     """dy contiguous; dx that a mix's operator writes to; and whether it accumulates."""
     dy = dy.contiguous()
     # On a GPU the base GEMM adds itself to what the operator wrote, which saves reading dx once.
     if weight is not None and ctx.needs_input_grad[0] and ctx.backend == "cpu":
-        return dy, torch.matmul(dy, weight), True
+        return dy, _through(ctx, dy, weight), True
     return dy, dy.new_empty(ctx.shape), False
 
 
@@ -102,7 +110,7 @@ def topk_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    small_base: bool,
+    own_base: bool,
     backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
@@ -118,7 +126,7 @@ def topk_mixture(
     Returns:
         y ``[..., N]`` and the outputs of ``topk_forward``.
     """
-    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, own_base)
     routed = ops.of(backend).topk_forward(
         x, lora_down, lora_up, router, op_bias, seed, y, *mix, accumulate
     )
@@ -134,12 +142,12 @@ class TopkMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, _, _, _, _, ctx.backend, lora_down, lora_up, router, seed, *ctx.mix = arguments
+        x, weight, _, _, _, ctx.own_base, ctx.backend, *tensors = arguments[:11]
         y, saved, counts, prob_sums = topk_mixture(*arguments)
         need = ctx.needs_input_grad
         kept = x if need[1] or any(need[7:10]) else None
-        ctx.save_for_backward(kept, weight, lora_down, lora_up, router, seed, saved)
-        ctx.shape = x.shape
+        ctx.save_for_backward(kept, weight, *tensors, saved)
+        ctx.shape, ctx.mix = x.shape, arguments[11:]
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return y, counts, prob_sums
@@ -176,7 +184,7 @@ def gated_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    small_base: bool,
+    own_base: bool,
     backend: str,
     lora_down: Tensor,
     down_bias: Tensor | None,
@@ -195,7 +203,7 @@ def gated_mixture(
     Returns:
         y ``[..., N]`` and hidden ``[T, E * r]`` before the activation.
     """
-    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, own_base)
     hidden = ops.of(backend).gated_forward(
         x, lora_down, down_bias, lora_up, up_bias, weights, row_map, op_bias, seed, y, *mix,
         accumulate,
@@ -208,7 +216,7 @@ class GatedMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, _, ctx.backend, *tensors, row_map, seed = arguments[:14]
+        x, weight, _, _, _, ctx.own_base, ctx.backend, *tensors, row_map, seed = arguments[:14]
         y, hidden = gated_mixture(*arguments)
         need = ctx.needs_input_grad
         kept = x if need[1] or any(need[7:11]) else None
@@ -244,7 +252,7 @@ def grid_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    small_base: bool,
+    own_base: bool,
     backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
@@ -263,7 +271,7 @@ def grid_mixture(
     Returns:
         y ``[..., N]`` and ``[T, r1 + gates]``: hidden and logits.
     """
-    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, own_base)
     hidden = ops.of(backend).grid_forward(
         x, lora_down, lora_up, router, omega, beta, intuition, row_map, op_bias, y, *mix, accumulate
     )
@@ -275,7 +283,7 @@ class GridMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, _, ctx.backend, *tensors = arguments[:14]
+        x, weight, _, _, _, ctx.own_base, ctx.backend, *tensors = arguments[:14]
         y, hidden = grid_mixture(*arguments)
         need = ctx.needs_input_grad
         kept = x if need[1] or any(need[7:12]) else None
@@ -311,7 +319,7 @@ def averaged_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    small_base: bool,
+    own_base: bool,
     backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
@@ -327,7 +335,7 @@ def averaged_mixture(
     Returns:
         y ``[..., N]`` and hidden ``[T, splits * E * r]``, or ``[T, r]`` of the merged factors.
     """
-    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, own_base)
     hidden = ops.of(backend).averaged_forward(
         x, lora_down, lora_up, weights, row_map, op_bias, y, *mix, accumulate
     )
@@ -339,7 +347,7 @@ class AveragedMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, _, ctx.backend, *tensors = arguments[:11]
+        x, weight, _, _, _, ctx.own_base, ctx.backend, *tensors = arguments[:11]
         y, hidden = averaged_mixture(*arguments)
         need = ctx.needs_input_grad
         ctx.shape, ctx.mix = x.shape, arguments[11:]
@@ -377,7 +385,7 @@ def output_gate_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    small_base: bool,
+    own_base: bool,
     backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
@@ -397,7 +405,7 @@ def output_gate_mixture(
     Returns:
         y ``[..., N]``, gates ``[T, E]`` and hidden ``[T, E * r]``.
     """
-    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, small_base)
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, own_base)
     hidden, gates = ops.of(backend).output_gate_forward(
         x, lora_down, lora_up, projection, factors, means, scales, tau, mask, op_bias, y, *mix,
         accumulate,
@@ -410,7 +418,7 @@ class OutputGateMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor]:
-        x, weight, _, _, _, _, ctx.backend, *tensors = arguments[:15]
+        x, weight, _, _, _, ctx.own_base, ctx.backend, *tensors = arguments[:15]
         y, gates, hidden = output_gate_mixture(*arguments)
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight, *tensors, hidden, gates
@@ -474,13 +482,13 @@ def expand_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    small_base: bool,
+    own_base: bool,
     backend: str,
     hidden: Tensor,
     rows: Tensor,
 ) -> tuple[Tensor]:
     """Frozen linear, or a given y, plus ``hidden @ rows``; x may be None beside a given y."""
-    y, _, _ = _start(x, weight, bias, base_output, False, small_base)
+    y, _, _ = _start(x, weight, bias, base_output, False, own_base)
     ops.of(backend).expand(hidden, rows, y, True)
     return (y,)
 
@@ -490,7 +498,7 @@ class ExpandMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, _, ctx.backend, hidden, rows = arguments
+        x, weight, _, _, _, ctx.own_base, ctx.backend, hidden, rows = arguments
         need = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need[1] else None, weight, hidden if need[8] else None, rows if need[7] else None
@@ -503,7 +511,7 @@ class ExpandMixture(torch.autograd.Function):
         x, weight, hidden, rows = ctx.saved_tensors
         dy = dy.contiguous()
         need_dx = ctx.needs_input_grad[0] and weight is not None
-        dx = torch.matmul(dy, weight) if need_dx else None
+        dx = _through(ctx, dy, weight) if need_dx else None
         return (
             *_base_gradients(ctx, dy, x, weight, dx, True),
             ops.of(ctx.backend).shrink(dy, rows) if rows is not None else None,

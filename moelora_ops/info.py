@@ -17,7 +17,7 @@ from .backends.triton import tiles
 ENVIRONMENT = {
     "MOELORA_BACKEND": "forces one back end",
     "MOELORA_CPU_ISA": "caps the instruction set of the CPU kernels",
-    "MOELORA_SMALL_LINEAR": "0 leaves the frozen product of a few tokens to the library",
+    "MOELORA_LINEAR": "library, own or auto: whose product a frozen linear of the CPU is",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Typical mixtures, and numbers of tokens: decoding, a short prompt, training.
@@ -50,9 +50,9 @@ def collect() -> dict:
         },
         "paths": {row.name: _paths(row.name) for row in backends.BACKENDS if _has_kernels(row)},
         "runs": {_short(dtype): _would_run(dtype) for dtype in DTYPES},
-        "small_linear": {
-            "enabled": extension.small_linear_enabled(),
-            "up_to_tokens": {_short(d): extension.small_linear_tokens(d) for d in DTYPES},
+        "linear": {
+            "choice": extension.linear_choice(),
+            "up_to_tokens": {_short(d): extension.own_linear_tokens(d) for d in DTYPES},
         },
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
     }
@@ -118,10 +118,10 @@ def _short(dtype: torch.dtype) -> str:
 
 def format_info(info: dict) -> str:
     """The report, a fact a line."""
-    box, built, small = info["machine"], info["extension"], info["small_linear"]
+    box, built, linear = info["machine"], info["extension"], info["linear"]
     gpu = info["triton"]
     fastest = ", ".join(f"{mix} on {arch}: {name}" for mix, arch, name in info["measured"])
-    limits = ", ".join(f"{dtype} up to {tokens}" for dtype, tokens in small["up_to_tokens"].items())
+    limits = ", ".join(f"{dtype} {_tokens(n)}" for dtype, n in linear["up_to_tokens"].items())
     rows = [
         ("moelora_ops", f"{info['moelora_ops']}  ({info['path']})"),
         ("python, torch", f"{info['python']}, {info['torch']}"),
@@ -145,7 +145,7 @@ def format_info(info: dict) -> str:
         ),
         ("CPU tensors run on", ""),
         *((f"  {dtype}", name) for dtype, name in info["runs"].items()),
-        ("own frozen product", f"{'on' if small['enabled'] else 'off'}: tokens in {limits}"),
+        ("own frozen product", f"{linear['choice']}: tokens in {limits}"),
         ("environment", ""),
         *(
             (f"  {name}", f"{'not set' if value is None else repr(value)}  ({ENVIRONMENT[name]})")
@@ -153,6 +153,10 @@ def format_info(info: dict) -> str:
         ),
     ]
     return "\n".join(f"{name:<22} {value}".rstrip() for name, value in rows)
+
+
+def _tokens(most: int) -> str:
+    return "any number" if most == extension.ANY_NUMBER else f"up to {most}"
 
 
 def _taken(takes: list[dict]) -> list[tuple[str, str]]:

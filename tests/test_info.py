@@ -19,7 +19,7 @@ def test_facts():
     assert facts["threads"] == torch.get_num_threads()
     assert facts["machine"]["cores"] >= 1 and facts["machine"]["cpu"]
     assert facts["backends"] == dict(backends.available())
-    assert facts["small_linear"]["enabled"] == extension.small_linear_enabled()
+    assert facts["linear"]["choice"] == extension.linear_choice()
     assert facts["runs"].keys() == {"float32", "bfloat16", "float16", "float64"}
     expected = "reference" if extension.why_missing() else "cpu"
     assert set(facts["runs"].values()) == {expected}
@@ -105,14 +105,24 @@ def test_bad_default_back_end_is_an_answer(monkeypatch):
 
 def test_text_names_every_fact(monkeypatch):
     monkeypatch.setenv("MOELORA_CPU_ISA", "avx2")
-    monkeypatch.delenv("MOELORA_SMALL_LINEAR", raising=False)
+    monkeypatch.delenv("MOELORA_LINEAR", raising=False)
     lines = info.format_info(info.collect()).splitlines()
     rows = {line[:22].strip(): line[23:] for line in lines}
     assert rows["moelora_ops"].startswith(moelora_ops.__version__)
     assert rows["MOELORA_CPU_ISA"].startswith("'avx2'")
-    assert rows["MOELORA_SMALL_LINEAR"].startswith("not set")
+    assert rows["MOELORA_LINEAR"].startswith("not set")
     assert rows["reference"] == "available" and rows["bfloat16"] in ("cpu", "reference")
-    assert "float32 up to" in rows["own frozen product"]
+    assert rows["own frozen product"].startswith("auto: tokens in float32 ")
+    assert rows["own frozen product"].endswith("float64 up to 0")
+
+
+@pytest.mark.parametrize(("choice", "said"), (("own", "any number"), ("library", "up to 0")))
+def test_own_product_by_choice(monkeypatch, choice, said):
+    monkeypatch.setattr(extension, "_linear", choice)
+    monkeypatch.setattr(extension, "_error", "")
+    assert f"own frozen product     {choice}: tokens in float32 {said}" in info.format_info(
+        info.collect()
+    )
 
 
 def test_json_round_trips(capsys):

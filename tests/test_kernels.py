@@ -475,16 +475,25 @@ def test_shrink(raw, dtype):
     check()
 
 
+# Tokens of one lane, of several vectors, of a whole block and a remainder, of more than one.
+LINEAR_TOKENS = st.integers(1, 20) | st.integers(21, 150)
+
+
+@pytest.mark.parametrize("kernel", ("small_linear", "linear"))
 @pytest.mark.parametrize("dtype", TYPES)
-def test_small_linear(raw, dtype):
+def test_linear(raw, dtype, kernel):
     @ragged
-    @given(FEW, SIZES, SIZES, st.integers(0, 199), st.booleans(), st.integers(0, 99))
+    @given(
+        FEW if kernel == "small_linear" else LINEAR_TOKENS,
+        SIZES, SIZES, st.integers(0, 199), st.booleans(), st.integers(0, 99),
+    )  # fmt: skip
+    @example(19, 4099, 50, 0, True, 0)  # longer than what is summed at a time
     def check(tokens, K, N, n0, with_bias, seed):
         rng = np.random.default_rng(seed)
         (x, x64), (w, w64), (b, b64) = (normal(rng, s, dtype) for s in ((tokens, K), (N, K), N))
         n0 = min(n0, N - 1)
         y = Guarded(tokens, N, dtype)
-        getattr(raw, f"small_linear_{dtype}")(x, w, b if with_bias else None, n0, N, y.view)
+        getattr(raw, f"{kernel}_{dtype}")(x, w, b if with_bias else None, n0, N, y.view)
         got = y.result()
         assert np.isnan(got[:, :n0]).all()  # columns of other threads
         add = b64 if with_bias else 0 * b64
@@ -492,6 +501,35 @@ def test_small_linear(raw, dtype):
         assert_close(got[:, n0:], want[:, n0:], magnitude[:, n0:], K + 1, dtype)
 
     check()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_linear_backward(raw, dtype):
+    @ragged
+    @given(LINEAR_TOKENS, SIZES, SIZES, st.integers(0, 199), st.integers(0, 99))
+    @example(19, 4099, 70, 0, 0)
+    def check(tokens, N, K, c0, seed):
+        rng = np.random.default_rng(seed)
+        (dy, dy64), (w, w64) = (normal(rng, s, dtype) for s in ((tokens, N), (N, K)))
+        c0 = min(c0, K - 1)
+        dx = Guarded(tokens, K, dtype)
+        getattr(raw, f"linear_backward_{dtype}")(dy, w, c0, K, dx.view)
+        got = dx.result()
+        assert np.isnan(got[:, :c0]).all()
+        want, magnitude = dy64 @ w64, np.abs(dy64) @ np.abs(w64)
+        assert_close(got[:, c0:], want[:, c0:], magnitude[:, c0:], N, dtype)
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_linear_without_terms(raw, dtype):
+    """Zero features sum to zero, whatever scratch held before."""
+    w, _ = normal(np.random.default_rng(0), (70, 0), dtype)
+    x, _ = normal(np.random.default_rng(0), (20, 0), dtype)
+    y = Guarded(20, 70, dtype)
+    getattr(raw, f"linear_{dtype}")(x, w, None, 0, 70, y.view)
+    assert (y.result() == 0).all()
 
 
 def check_expand(dtype, tokens, C, c0, mode, rng, call, weighted):
@@ -635,7 +673,9 @@ for dtype in ("float32", "bfloat16"):
         for n, r in ((1, 1), (3, 2), (7, 3), (8, 17)):
             used = []
             run(f"shrink_{dtype}", rows(n, C), rows(r, C), normal(n, r))
-            run(f"small_linear_{dtype}", rows(n, C), rows(r, C), rows(r), 0, r, rows(n, r))
+            for kernel in ("small_linear", "linear"):
+                run(f"{kernel}_{dtype}", rows(n, C), rows(r, C), rows(r), 0, r, rows(n, r))
+            run(f"linear_backward_{dtype}", rows(n, r), rows(r, C), 0, C, rows(n, C))
             chosen = rng.integers(0, 2, (n, 2), dtype=np.int32)
             entry = rng.integers(0, r, (n, 2 * r), dtype=np.int32)
             h, wide = normal(n, r), normal(n, 2 * r)
@@ -693,8 +733,8 @@ TORCH_SYMBOLS = """
     aoti_torch_get_dim aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size
     aoti_torch_get_sizes aoti_torch_get_stride aoti_torch_is_contiguous aoti_torch_library_def
     aoti_torch_library_init_fragment aoti_torch_library_init_impl aoti_torch_new_tensor_handle
-    torch_get_const_data_ptr torch_get_mutable_data_ptr torch_library_impl torch_new_string_handle
-    torch_parallel_for
+    torch_get_const_data_ptr torch_get_mutable_data_ptr torch_get_num_threads torch_library_impl
+    torch_new_string_handle torch_parallel_for
 """.split()  # noqa: SIM905
 # Of the limited C API (PEP 384).
 PYTHON_SYMBOLS = {"PyModule_Create2"}

@@ -183,31 +183,80 @@ def test_backward_called_directly_does_not_leave_its_memory(position, shape, nam
         ops.of("cpu").topk_backward(*arguments)
 
 
-def test_opcheck_small_linear():
-    x, weight, bias = torch.randn(3, 24), torch.randn(40, 24), torch.randn(40)
-    torch.library.opcheck(ops.small_linear, (x, weight, bias))
+@pytest.mark.parametrize("tokens", (3, 80))
+def test_opcheck_linear(tokens):
+    x, weight, bias = torch.randn(tokens, 24), torch.randn(40, 24), torch.randn(40)
+    torch.library.opcheck(ops.linear, (x, weight, bias))
+    torch.library.opcheck(ops.linear_backward, (torch.randn(tokens, 40), weight))
 
 
-@pytest.mark.parametrize("tokens", (1, 2, 3, 4, 5, 8, 64))
+LINEARS = {
+    "forward": (ops.linear, torch.nn.functional.linear),
+    "backward": (lambda x, w, _: ops.linear_backward(x, w), lambda x, w, _: x @ w),
+}
+
+
+@pytest.mark.parametrize("direction", LINEARS)
+@pytest.mark.parametrize("tokens", (1, 2, 3, 4, 5, 8, 64, 100))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("features", ((64, 130), (33, 7), (1, 1)))
-def test_small_linear(dtype, tokens, features):
-    K, N = features
+@pytest.mark.parametrize("features", ((64, 130), (33, 7), (1, 1), (1500, 40)))
+def test_linear(dtype, tokens, features, direction):
+    terms, columns = features
+    shape = (columns, terms) if direction == "forward" else (terms, columns)
     random = torch.Generator().manual_seed(0)
     draws = [
-        [torch.randn(s, generator=random).to(dtype) for s in ((tokens, K), (N, K), (N,))]
+        [torch.randn(s, generator=random).to(dtype) for s in ((tokens, terms), shape, (columns,))]
         for _ in range(32)
     ]
+    ours, library = LINEARS[direction]
     want, plain, got = (
         torch.stack([f(*(t.to(wide) for t in draw)) for draw in draws])
-        for f, wide in (
-            (torch.nn.functional.linear, torch.float64),
-            (torch.nn.functional.linear, dtype),
-            (ops.small_linear, dtype),
-        )
+        for f, wide in ((library, torch.float64), (library, dtype), (ours, dtype))
     )
     error, limit = numerics.error(got, want), numerics.budget(numerics.error(plain, want), dtype)
     assert error.rms <= limit.rms and error.max <= limit.max
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_bits(dtype):
+    """A token's bits do not depend on threads, on its neighbours or on how rows lie in memory."""
+    K, N, tokens = 700, 200, 333
+    wide = torch.randn(tokens, K + 3).to(dtype)
+    x, weight, bias = wide[:, :K], torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+    dy = torch.randn(tokens, N).to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append((ops.linear(x, weight, bias), ops.linear_backward(dy, weight)))
+    finally:
+        torch.set_num_threads(before)
+    y, dx = results[0]
+    for other_y, other_dx in results[1:]:
+        assert torch.equal(other_y, y) and torch.equal(other_dx, dx)
+    assert torch.equal(ops.linear(x.contiguous(), weight, bias), y)
+    for first, last in ((0, 40), (17, 100), (300, 333)):  # beyond small_linear, whose sums differ
+        assert torch.equal(ops.linear(x[first:last], weight, bias), y[first:last])
+        assert torch.equal(ops.linear_backward(dy[first:last], weight), dx[first:last])
+
+
+def test_linear_refuses_what_does_not_fit():
+    x, weight = torch.randn(4, 8), torch.randn(6, 8)
+    for arguments, name in (
+        ((x[:, :7], weight, None), "x"),
+        ((x, weight.double(), None), "weight"),
+        ((x, weight[0], None), "weight"),
+        ((x, weight, torch.randn(5)), "bias"),
+        ((x, weight, torch.randn(6).half()), "bias"),
+    ):
+        with pytest.raises(RuntimeError, match=name):
+            ops.linear(*arguments)
+    with pytest.raises(RuntimeError, match="dy"):
+        ops.linear_backward(x, weight)
+    assert ops.linear(x[:0], weight, None).shape == (0, 6)
+    assert ops.linear_backward(torch.empty(0, 6), weight).shape == (0, 8)
+    assert (ops.linear(torch.empty(20, 0), torch.empty(6, 0), None) == 0).all()
 
 
 @pytest.mark.parametrize("stacked", (False, True))

@@ -74,6 +74,13 @@ const Level& current() {
 
 const Kernels& kernels(DType dtype) { return current().tables[static_cast<int>(dtype)]; }
 const char* isa_level() { return current().name; }
+const char* cpu_vendor() {
+#ifdef MOELORA_X86_LEVELS
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
+}
 const char* isa_levels_built() {
 #ifdef MOELORA_X86_LEVELS
   return "avx512_bf16,avx512,avx2,portable";

@@ -175,6 +175,22 @@ struct OutputGating {
   int input_columns() const { return E * r + (normalization == Normalization::kLayerNorm ? 1 : 0); }
 };
 
+// The frozen linear: y_t = weight x_t + bias over K terms, or backward y_t = weightᵀ x_t over N
+// terms.
+struct Linear {
+  int64_t T, terms;
+  const void* x;  // [T, terms], ldx
+  int64_t ldx;
+  const void* weight;  // [N, K], ldw
+  int64_t ldw;
+  const void* bias;  // [N] or null; forward only
+  void* y;           // [T, N] or [T, K], ldy
+  int64_t ldy;
+};
+// Tokens of a block of `linear`, and columns of a strip of `linear_backward`, at the widest level:
+// threads share work in such pieces.
+constexpr int64_t kLinearBlock = 64;
+
 // Forward and backward of one mix for tokens [t0, t1).
 template <class M>
 struct MixKernels {
@@ -215,9 +231,12 @@ struct Kernels {
   // of N.
   void (*topk_backward_down)(const TopkBackward&, int64_t c0, int64_t c1);
   void (*topk_backward_up)(const TopkBackward&, int64_t c0, int64_t c1);
-  // y[t, n0:n1] = x_t weightᵀ + bias.
-  void (*small_linear)(const void* x, int64_t ldx, int64_t tokens, const void* weight, int64_t ldw,
-                       const void* bias, int64_t K, int64_t n0, int64_t n1, void* y, int64_t ldy);
+  // The frozen linear: tokens [t0, t1) and outputs [n0, n1), or backward columns [c0, c1); all of
+  // up to small_linear_tokens tokens.
+  void (*linear)(const Linear&, int64_t t0, int64_t t1, int64_t n0, int64_t n1);
+  void (*linear_backward)(const Linear&, int64_t t0, int64_t t1, int64_t c0, int64_t c1);
+  void (*small_linear)(const Linear&, int64_t n0, int64_t n1);
+  int64_t small_linear_tokens;  // for more, `linear` is faster
 };
 
 // Rows of hidden that one unit of topk_hidden computes.
@@ -231,5 +250,6 @@ inline int64_t topk_hidden_units(const Topk& p) {
 const Kernels& kernels(DType dtype);
 const char* isa_level();         // the level that runs: environment MOELORA_CPU_ISA or the best one
 const char* isa_levels_built();  // comma-separated, best first
+const char* cpu_vendor();        // "amd", "intel" or "other"
 
 }  // namespace moelora

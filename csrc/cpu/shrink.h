@@ -91,35 +91,5 @@ void shrink(int64_t n, const T* const* x, const T* w, int64_t ldw, int64_t rows,
   }
 }
 
-// y[t, n] = <x_t, weight_n> + bias_n for a handful of tokens and output features [n0, n1): a linear
-// whose time is that of reading the weight once.
-template <class T>
-void small_linear(const T* x, int64_t ldx, int64_t tokens, const T* weight, int64_t ldw,
-                  const T* bias, int64_t K, int64_t n0, int64_t n1, T* y, int64_t ldy) {
-  using A = acc_t<T>;
-  const T* rows[4];
-  A sums[4 * 4];
-  for (int64_t n = n0; n < n1; n += 4) {
-    const int width = static_cast<int>(n1 - n < 4 ? n1 - n : 4);
-    for (int64_t t = 0; t < tokens; t += 4) {
-      const int count = static_cast<int>(tokens - t < 4 ? tokens - t : 4);
-      for (int i = 0; i < count; ++i) rows[i] = x + (t + i) * ldx;
-      if (width == 4 && count == 4) {
-        dot_tile<T, 4, 4>(rows, weight + n * ldw, ldw, K, sums, 4);
-      } else if (width == 4) {
-        dot_tokens<T, 4>(count, rows, weight + n * ldw, ldw, K, sums, 4);
-      } else {
-        for (int j = 0; j < width; ++j)
-          for (int i = 0; i < count; ++i)
-            dot_tile<T, 1, 1>(rows + i, weight + (n + j) * ldw, 0, K, sums + 4 * i + j, 4);
-      }
-      for (int i = 0; i < count; ++i)
-        for (int j = 0; j < width; ++j)
-          y[(t + i) * ldy + n + j] =
-              from_acc<T>(sums[4 * i + j] + (bias ? to_acc(bias[n + j]) : A(0)));
-    }
-  }
-}
-
 }  // namespace MOELORA_LEVEL
 }  // namespace moelora

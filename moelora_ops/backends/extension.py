@@ -1,7 +1,11 @@
 """Loads the compiled extension, whose kernels register for the operators of ``ops.py``."""
 
+import contextlib
 import importlib
+import math
 import os
+import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -53,34 +57,91 @@ def isa_level() -> str:
     return "none" if _error else torch.ops.moelora_ops.cpu_isa()
 
 
-_small_linear = os.environ.get("MOELORA_SMALL_LINEAR", "1") != "0"
+LINEARS = ("auto", "own", "library")
 
-# Most tokens for which our dot kernel beats the library GEMM on a frozen linear, per level.
-# Measured on Zen 4 with torch 2.13, whose library used AVX-512 beside every one of them.
-_SMALL_LINEAR_TOKENS = {
+_linear = os.environ.get("MOELORA_LINEAR") or "auto"
+if _linear not in LINEARS:
+    raise ValueError(f"MOELORA_LINEAR: wanted one of {', '.join(LINEARS)}, got {_linear!r}")
+
+ANY_NUMBER = sys.maxsize
+
+# Most tokens for which our product with a frozen weight beats the library's, per level.  Measured
+# on Zen 4 with torch 2.13, whose library used AVX-512 beside every one of them (docs/design.md).
+_OWN_LINEAR_TOKENS = {
     "avx512_bf16": {torch.float32: 64, torch.bfloat16: 16, torch.float16: 64},
     "avx512": {torch.float32: 64, torch.bfloat16: 4, torch.float16: 64},
     "avx2": {torch.float32: 16, torch.bfloat16: 2, torch.float16: 16},
     "portable": {torch.float32: 4},
 }
-_small_linear_limits = _SMALL_LINEAR_TOKENS.get(isa_level(), {})
+# Beyond a few tokens libraries differ by vendor: Intel's own processors have faster ones, and AMX.
+_ANY_TOKENS_ON_AMD = {
+    "avx512_bf16": (torch.float32, torch.bfloat16, torch.float16),
+    "avx512": (torch.float32, torch.float16),
+}
 
 
-def set_small_linear(enabled: bool) -> None:
-    """Whether a frozen linear of a few tokens runs on our dot kernel, not on the library GEMM.
+def _limits(level: str) -> dict[torch.dtype, int]:
+    limits = dict(_OWN_LINEAR_TOKENS.get(level, {}))
+    if level != "none" and torch.ops.moelora_ops.cpu_vendor() == "amd":
+        limits |= dict.fromkeys(_ANY_TOKENS_ON_AMD.get(level, ()), ANY_NUMBER)
+    return limits
 
-    On by default (environment MOELORA_SMALL_LINEAR=0 turns it off): there the library is far from
-    memory speed.
+
+_linear_limits = _limits(isa_level())
+
+
+def set_linear(choice: str) -> None:
+    """Which product computes a frozen ``nn.Linear`` on the CPU.
+
+    Args:
+        choice: "auto" takes ours where it was measured to be faster than the library's GEMM, "own"
+            takes ours for any number of tokens, "library" never does.  The environment variable
+            MOELORA_LINEAR sets it too.
+
+    Raises:
+        ValueError: `choice` is none of these.
     """
-    global _small_linear
-    _small_linear = bool(enabled)
+    global _linear
+    if choice not in LINEARS:
+        raise ValueError(f"choice: wanted one of {', '.join(LINEARS)}, got {choice!r}")
+    _linear = choice
 
 
-def small_linear_enabled() -> bool:
-    """What :func:`set_small_linear` set."""
-    return _small_linear
+@contextlib.contextmanager
+def use_linear(choice: str) -> Iterator[None]:
+    """:func:`set_linear` for the forward passes inside; their backward follows them."""
+    before = _linear
+    set_linear(choice)
+    try:
+        yield
+    finally:
+        set_linear(before)
 
 
-def small_linear_tokens(dtype: torch.dtype) -> int:
-    """Most tokens that :func:`small_linear_enabled` applies to at this instruction set level."""
-    return _small_linear_limits.get(dtype, 0) if _small_linear else 0
+def linear_choice() -> str:
+    """What :func:`set_linear` set."""
+    return _linear
+
+
+def own_linear_tokens(dtype: torch.dtype) -> int:
+    """Most tokens whose frozen linear is ours; ANY_NUMBER without a limit, 0 for none."""
+    if _linear == "library" or _error:
+        return 0
+    return ANY_NUMBER if _linear == "own" else _linear_limits.get(dtype, 0)
+
+
+def own_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether ``x @ weight.T`` is ours, x ``[..., K]`` and weight ``[N, K]`` of a CPU."""
+    most = own_linear_tokens(x.dtype)
+    if weight.stride(-1) != 1 or not most:
+        return False
+    return most == ANY_NUMBER or math.prod(x.shape[:-1]) <= most
+
+
+def own_linear_backward(dy: torch.Tensor) -> bool:
+    """Whether ``dy @ weight`` is ours where ``x @ weight.T`` was.
+
+    Only where the number of tokens has no limit: it packs the weight, which for one token takes
+    longer than the product.
+    """
+    return own_linear_tokens(dy.dtype) == ANY_NUMBER and math.prod(dy.shape[:-1]) > 1

@@ -14,6 +14,7 @@ from ..nn import AdapterLinear
 from .method import (
     DTYPES,
     LLAMA_7B,
+    OURS,
     Floors,
     Method,
     SequenceCase,
@@ -241,6 +242,6 @@ GATED = Method(
         ),
         Variant("expert-loop", lambda case, layer: ExpertLoopGatedLinear.sharing(layer)),
         Variant("peft-xlora", _peft),
-        Variant("ours", lambda case, layer: layer, baseline=False),
+        *OURS,
     ),
 )

@@ -1,13 +1,16 @@
 """What the benchmark has to know about a method: one :class:`Method` each."""
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..backends import extension
 from .numerics import DX, FORWARD, TRAIN
 
 DTYPES = {
@@ -95,6 +98,33 @@ class Variant(NamedTuple):
     compiled: bool = False
     baseline: bool = True
     waits: bool = False
+
+
+class Within(nn.Module):
+    """A layer whose forward runs inside a context."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager], layer: nn.Module):
+        super().__init__()
+        self.context, self.layer = context, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.context():
+            return self.layer(x)
+
+
+def _on_library_gemm(_case: Any, layer: nn.Module) -> nn.Module | None:
+    """The adapter alone against the baselines: its frozen linear is the library's product too."""
+    on_cpu = next(layer.parameters()).device.type == "cpu"
+    if not on_cpu or extension.linear_choice() == "library":
+        return None
+    return Within(functools.partial(extension.use_linear, "library"), layer)
+
+
+# What competes of ours, for every method.
+OURS = (
+    Variant("ours", lambda _case, layer: layer, baseline=False),
+    Variant("ours-library", _on_library_gemm, baseline=False),
+)
 
 
 class Method(NamedTuple):

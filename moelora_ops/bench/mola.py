@@ -14,7 +14,17 @@ from .baselines import (
     GroupedMoLALinear,
     StackedMoLALinear,
 )
-from .method import DTYPES, LLAMA_7B, Case, Floors, Method, Variant, directions, generator
+from .method import (
+    DTYPES,
+    LLAMA_7B,
+    OURS,
+    Case,
+    Floors,
+    Method,
+    Variant,
+    directions,
+    generator,
+)
 from .numerics import DX, FORWARD, TRAIN, InputsError
 
 
@@ -208,6 +218,6 @@ MOLA = Method(
             lambda case, layer: ExpertLoopMoLALinear.from_reference(layer),
             waits=True,
         ),
-        Variant("ours", lambda case, layer: layer, baseline=False),
+        *OURS,
     ),
 )

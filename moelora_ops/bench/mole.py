@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn, reference
-from .method import DTYPES, LLAMA_7B, Case, Floors, Method, Variant, directions, generator
+from .method import (
+    DTYPES,
+    LLAMA_7B,
+    OURS,
+    Case,
+    Floors,
+    Method,
+    Variant,
+    directions,
+    generator,
+)
 from .numerics import FORWARD, TRAIN
 
 
@@ -214,6 +224,6 @@ MOLE = Method(
         Variant("stacked", lambda case, layer: StackedMoLELinear.of(layer)),
         Variant("stacked-compiled", lambda case, layer: StackedMoLELinear.of(layer), compiled=True),
         Variant("eager", lambda case, layer: EagerMoLELinear.of(layer)),
-        Variant("ours", lambda case, layer: layer, baseline=False),
+        *OURS,
     ),
 )

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn, reference
-from .method import DTYPES, LLAMA_7B, Case, Floors, Method, Variant, directions, generator
+from .method import (
+    DTYPES,
+    LLAMA_7B,
+    OURS,
+    Case,
+    Floors,
+    Method,
+    Variant,
+    directions,
+    generator,
+)
 from .numerics import DX, FORWARD, TRAIN
 
 
@@ -237,6 +247,6 @@ MOR1E = Method(
         Variant("stacked", lambda case, layer: StackedMoR1ELinear.of(layer)),
         Variant("stacked-compiled", lambda case, layer: StackedMoR1ELinear.of(layer), True),
         Variant("eager", lambda case, layer: EagerMoR1ELinear.of(layer)),
-        Variant("ours", lambda case, layer: layer, baseline=False),
+        *OURS,
     ),
 )

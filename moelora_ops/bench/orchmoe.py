@@ -12,6 +12,7 @@ from .. import nn, reference
 from .method import (
     DTYPES,
     LLAMA_7B,
+    OURS,
     Floors,
     Method,
     SequenceCase,
@@ -251,6 +252,6 @@ ORCHMOE = Method(
         Variant("merged", _only("average", MergedLinear)),
         Variant("skill-loop", _only("sum", SkillLoopLinear)),
         Variant("peft-poly", _peft, waits=True),
-        Variant("ours", lambda case, layer: layer, baseline=False),
+        *OURS,
     ),
 )

@@ -13,6 +13,7 @@ from ..nn import PEMTLinear
 from .method import (
     DTYPES,
     LLAMA_7B,
+    OURS,
     Floors,
     Method,
     SequenceCase,
@@ -234,6 +235,6 @@ PEMT = Method(
         Variant("stacked", _plain(StackedPEMTLinear)),
         Variant("stacked-compiled", _plain(StackedPEMTLinear), compiled=True),
         Variant("expert-loop", _plain(ExpertLoopPEMTLinear)),
-        Variant("ours", lambda case, step: step, baseline=False),
+        *OURS,
     ),
 )

@@ -15,7 +15,7 @@ from .. import backends
 from . import devices, numerics
 from .baselines import TouchedLinear
 from .devices import Device
-from .method import DTYPES, Method, Variant
+from .method import DTYPES, Method, Variant, Within
 from .numerics import DX, FORWARD, TRAIN, InputsError, NumericsError
 
 BASE = "base"
@@ -143,18 +143,9 @@ def _competitors(method: Method, settings: Settings) -> Iterator[Variant]:
             yield variant._replace(name=f"{variant.name}-{backend}", build=build)
 
 
-class _OnBackend(nn.Module):
-    def __init__(self, backend: str, layer: nn.Module):
-        super().__init__()
-        self.backend, self.layer = backend, layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        with backends.use_backend(self.backend):
-            return self.layer(x)
-
-
-def _on_backend(backend: str, build: Callable, case: Any, layer: nn.Module) -> nn.Module:
-    return _OnBackend(backend, build(case, layer))
+def _on_backend(backend: str, build: Callable, case: Any, layer: nn.Module) -> nn.Module | None:
+    built = build(case, layer)
+    return built and Within(functools.partial(backends.use_backend, backend), built)
 
 
 def _in_a_line(error: Exception) -> str:

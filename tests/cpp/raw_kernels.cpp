@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/expand.h"
+#include "cpu/linear.h"
 #include "cpu/outer.h"
 #include "cpu/shrink.h"
 #include "mix/topk.h"
@@ -176,6 +177,14 @@ Output<T> output(const py::array& y, const py::object& bias, bool accumulate) {
           accumulate};
 }
 
+template <class T>
+Linear linear_of(const py::array& x, const py::array& weight, const py::object& bias,
+                 const py::array& y) {
+  const Rows<T> v(x), w(weight), to(y);
+  return {v.rows,  v.columns, v.data, v.stride, w.data, w.stride, output<T>(y, bias, false).bias,
+          to.data, to.stride};
+}
+
 // Groups of r rows as a table of panel entries, each group padded to whole entries.
 template <class P, class T>
 std::vector<const T*> table_of(const Rows<T>& rows, int64_t r) {
@@ -205,11 +214,20 @@ void bind_products(py::module_& m, const std::string& name) {
   // x [tokens, K], weight [N, K], bias [N] or None, y [tokens, N]
   m.def(("small_linear_" + name).c_str(),
         [](const py::array& x, const py::array& weight, const py::object& bias, int64_t n0,
+           int64_t n1,
+           const py::array& y) { small_linear<T>(linear_of<T>(x, weight, bias, y), n0, n1); });
+  m.def(("linear_" + name).c_str(),
+        [](const py::array& x, const py::array& weight, const py::object& bias, int64_t n0,
            int64_t n1, const py::array& y) {
-          const Rows<T> v(x), w(weight), to(y);
-          small_linear<T>(v.data, v.stride, v.rows, w.data, w.stride,
-                          output<T>(y, bias, false).bias, v.columns, n0, n1, to.data, to.stride);
+          const Linear p = linear_of<T>(x, weight, bias, y);
+          linear<T>(p, 0, p.T, n0, n1);
         });
+  // dy [tokens, N], weight [N, K], dx [tokens, K]
+  m.def(("linear_backward_" + name).c_str(), [](const py::array& dy, const py::array& weight,
+                                                int64_t c0, int64_t c1, const py::array& dx) {
+    const Linear p = linear_of<T>(dy, weight, py::none(), dx);
+    linear_backward<T>(p, 0, p.T, c0, c1);
+  });
   // rows [groups * r, C], chosen int32 [tokens, slots] names groups, h A [tokens, slots * r], y
   // [tokens, C]
   m.def(("expand_sparse_" + name).c_str(),
