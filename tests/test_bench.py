@@ -499,7 +499,7 @@ def test_a_gpu_case(monkeypatch, capsys, tmp_path):
     report.write_markdown(tmp_path / "run.md", document)
     shown, written = capsys.readouterr().out, (tmp_path / "run.md").read_text()
     assert "tiny fp32 train in CUDA graphs" in shown and "% memory;" in " ".join(shown.split())
-    assert "host" in shown and "500.000" in shown
+    assert "host ms" in shown and "500.000" in shown
     assert ", NVIDIA Z80\n" in written and "driver 1.0, CUDA 13.0, torch " in written
     assert "at the start clocks.sm 1980 MHz." in written and "| 500.000 |" in written
     assert "NVIDIA Z80, torch" in report.draw_plot(document).get_suptitle()

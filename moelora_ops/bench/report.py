@@ -150,7 +150,7 @@ def print_record(record: dict) -> None:
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 110  # into a file or a pipe, where nothing wraps
+        console.width = 120  # into a file or a pipe, where nothing wraps
     if "refused" in record:
         console.print(
             f"[bold red]refused[/]  {escape(_title(record))}: {escape(record['refused'])}\n"
