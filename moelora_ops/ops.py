@@ -4,10 +4,10 @@ The schemas live here and not in C++, so that the package imports, traces and fa
 compiled part.  Kernels only add implementations: the CPU extension through the stable ABI when it
 is loaded.
 
-An operator is one direction of the skeleton *shrink -> mix -> expand* with one mix; what the
-library GEMM does better (the frozen linear itself) stays outside.  `y` and `dx` are written in
-place because they are the base GEMM's output or its accumulator, and a second [T, N] buffer would
-cost more than the adapter.
+An operator is one direction of the skeleton *shrink -> mix -> expand* with one mix.  The frozen
+linear itself stays outside, since the library's GEMM often is the better one; beside it there are
+two operators for all mixes.  `y` and `dx` are written in place because they are the base product's
+output or its accumulator, and a second [T, N] buffer would cost more than the adapter.
 
 Letters: T tokens, K in_features, N out_features, E experts, r rank, k top-k.
 """
