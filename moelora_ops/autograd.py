@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .backends import extension
 
 # ---------------------------------------------------------------- the frozen linear
 
@@ -25,21 +24,21 @@ def _start(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    own_base: bool,
+    base_product: str,
 ) -> tuple[Tensor, Tensor | None, bool]:
     """What a mix's operator writes to: y, the bias that it adds and whether it accumulates.
 
     Args:
         x: ``[..., K]``, contiguous, or a matrix with contiguous rows.
         expand_first: write the adapter, then add the base GEMM with beta = 1.
-        own_base: compute the base with ``ops.linear``, not with the library's GEMM.
+        base_product: one of ``ops.BASE_PRODUCTS``: who computes the base.
     """
     if base_output is not None:
         # Never written in place: the module that made it may have saved it for its own backward.
         return base_output.clone(memory_format=torch.contiguous_format), None, True
     if expand_first:
         return x.new_empty((*x.shape[:-1], weight.shape[0])), bias, False
-    if own_base:
+    if base_product != ops.LIBRARY:
         return ops.linear(x, weight, bias), None, True
     return F.linear(x, weight, bias), None, True
 
@@ -57,8 +56,8 @@ def _finish(y: Tensor, x: Tensor, weight: Tensor | None, accumulate: bool) -> Te
 
 
 def _through(ctx, dy: Tensor, weight: Tensor) -> Tensor:
-    """``dy @ weight``, what a base on the CPU passes on; ours if forward was and it is faster."""
-    if ctx.own_base and extension.own_linear_backward(dy):
+    """``dy @ weight``: what a base on the CPU passes on."""
+    if ctx.base_product == ops.OWN:
         return ops.linear_backward(dy, weight)
     return torch.matmul(dy, weight)
 
@@ -110,7 +109,7 @@ def topk_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    own_base: bool,
+    base_product: str,
     backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
@@ -126,7 +125,7 @@ def topk_mixture(
     Returns:
         y ``[..., N]`` and the outputs of ``topk_forward``.
     """
-    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, own_base)
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, base_product)
     routed = ops.of(backend).topk_forward(
         x, lora_down, lora_up, router, op_bias, seed, y, *mix, accumulate
     )
@@ -142,7 +141,7 @@ class TopkMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, _, _, _, ctx.own_base, ctx.backend, *tensors = arguments[:11]
+        x, weight, _, _, _, ctx.base_product, ctx.backend, *tensors = arguments[:11]
         y, saved, counts, prob_sums = topk_mixture(*arguments)
         need = ctx.needs_input_grad
         kept = x if need[1] or any(need[7:10]) else None
@@ -184,7 +183,7 @@ def gated_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    own_base: bool,
+    base_product: str,
     backend: str,
     lora_down: Tensor,
     down_bias: Tensor | None,
@@ -203,7 +202,7 @@ def gated_mixture(
     Returns:
         y ``[..., N]`` and hidden ``[T, E * r]`` before the activation.
     """
-    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, own_base)
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, base_product)
     hidden = ops.of(backend).gated_forward(
         x, lora_down, down_bias, lora_up, up_bias, weights, row_map, op_bias, seed, y, *mix,
         accumulate,
@@ -216,7 +215,7 @@ class GatedMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, ctx.own_base, ctx.backend, *tensors, row_map, seed = arguments[:14]
+        x, weight, _, _, _, ctx.base_product, ctx.backend, *tensors, row_map, seed = arguments[:14]
         y, hidden = gated_mixture(*arguments)
         need = ctx.needs_input_grad
         kept = x if need[1] or any(need[7:11]) else None
@@ -252,7 +251,7 @@ def grid_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    own_base: bool,
+    base_product: str,
     backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
@@ -271,7 +270,7 @@ def grid_mixture(
     Returns:
         y ``[..., N]`` and ``[T, r1 + gates]``: hidden and logits.
     """
-    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, own_base)
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, base_product)
     hidden = ops.of(backend).grid_forward(
         x, lora_down, lora_up, router, omega, beta, intuition, row_map, op_bias, y, *mix, accumulate
     )
@@ -283,7 +282,7 @@ class GridMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, ctx.own_base, ctx.backend, *tensors = arguments[:14]
+        x, weight, _, _, _, ctx.base_product, ctx.backend, *tensors = arguments[:14]
         y, hidden = grid_mixture(*arguments)
         need = ctx.needs_input_grad
         kept = x if need[1] or any(need[7:12]) else None
@@ -319,7 +318,7 @@ def averaged_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    own_base: bool,
+    base_product: str,
     backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
@@ -335,7 +334,7 @@ def averaged_mixture(
     Returns:
         y ``[..., N]`` and hidden ``[T, splits * E * r]``, or ``[T, r]`` of the merged factors.
     """
-    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, own_base)
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, base_product)
     hidden = ops.of(backend).averaged_forward(
         x, lora_down, lora_up, weights, row_map, op_bias, y, *mix, accumulate
     )
@@ -347,7 +346,7 @@ class AveragedMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, ctx.own_base, ctx.backend, *tensors = arguments[:11]
+        x, weight, _, _, _, ctx.base_product, ctx.backend, *tensors = arguments[:11]
         y, hidden = averaged_mixture(*arguments)
         need = ctx.needs_input_grad
         ctx.shape, ctx.mix = x.shape, arguments[11:]
@@ -385,7 +384,7 @@ def output_gate_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    own_base: bool,
+    base_product: str,
     backend: str,
     lora_down: Tensor,
     lora_up: Tensor,
@@ -405,7 +404,7 @@ def output_gate_mixture(
     Returns:
         y ``[..., N]``, gates ``[T, E]`` and hidden ``[T, E * r]``.
     """
-    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, own_base)
+    y, op_bias, accumulate = _start(x, weight, bias, base_output, expand_first, base_product)
     hidden, gates = ops.of(backend).output_gate_forward(
         x, lora_down, lora_up, projection, factors, means, scales, tau, mask, op_bias, y, *mix,
         accumulate,
@@ -418,7 +417,7 @@ class OutputGateMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor]:
-        x, weight, _, _, _, ctx.own_base, ctx.backend, *tensors = arguments[:15]
+        x, weight, _, _, _, ctx.base_product, ctx.backend, *tensors = arguments[:15]
         y, gates, hidden = output_gate_mixture(*arguments)
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight, *tensors, hidden, gates
@@ -482,13 +481,13 @@ def expand_mixture(
     bias: Tensor | None,
     base_output: Tensor | None,
     expand_first: bool,
-    own_base: bool,
+    base_product: str,
     backend: str,
     hidden: Tensor,
     rows: Tensor,
 ) -> tuple[Tensor]:
     """Frozen linear, or a given y, plus ``hidden @ rows``; x may be None beside a given y."""
-    y, _, _ = _start(x, weight, bias, base_output, False, own_base)
+    y, _, _ = _start(x, weight, bias, base_output, False, base_product)
     ops.of(backend).expand(hidden, rows, y, True)
     return (y,)
 
@@ -498,7 +497,7 @@ class ExpandMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
-        x, weight, _, _, _, ctx.own_base, ctx.backend, hidden, rows = arguments
+        x, weight, _, _, _, ctx.base_product, ctx.backend, hidden, rows = arguments
         need = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need[1] else None, weight, hidden if need[8] else None, rows if need[7] else None

@@ -92,7 +92,9 @@ _SCHEMAS = {
     "outer": "(Tensor hidden, Tensor x) -> Tensor rows",
 }
 
-# The frozen linear itself, where ours is faster than the library's: on some CPUs.
+# Who computes the frozen linear: the library in either direction, we forward, or we in both.
+BASE_PRODUCTS = LIBRARY, OWN_FORWARD, OWN = "library", "own forward", "own"
+# Ours, where it is faster than the library's: on some CPUs.
 _LINEAR = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "linear_backward": "(Tensor dy, Tensor weight) -> Tensor",

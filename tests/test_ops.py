@@ -241,6 +241,24 @@ def test_linear_bits(dtype):
         assert torch.equal(ops.linear_backward(dy[first:last], weight), dx[first:last])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", (64, 65, 150))
+def test_shrink_bits(dtype, rows):
+    """Tokens alone and in a batch; by many rows 16-bit products go another way than by few."""
+    K, tokens = 1100, 150
+    x, w = torch.randn(tokens, K).to(dtype), torch.randn(rows, K).to(dtype)
+    shrink = ops.of("cpu").shrink
+    hidden = shrink(x, w)
+    for first, last in ((0, 1), (3, 11), (20, 29), (40, 104), (149, 150), (0, 17)):
+        assert torch.equal(shrink(x[first:last], w), hidden[first:last])
+    exact = x.double() @ w.double().t()
+    wide = ops.accumulator_dtype(dtype)
+    plain = x.to(wide) @ w.to(wide).t()
+    error = numerics.error(hidden, exact)
+    limit = numerics.budget(numerics.error(plain, exact), wide)
+    assert error.rms <= limit.rms and error.max <= limit.max
+
+
 def test_linear_refuses_what_does_not_fit():
     x, weight = torch.randn(4, 8), torch.randn(6, 8)
     for arguments, name in (

@@ -7,6 +7,7 @@
 
 #include "cpu/expand.h"
 #include "cpu/kernels.h"
+#include "cpu/linear.h"
 #include "cpu/outer.h"
 #include "cpu/shrink.h"
 #include "mix/averaged.h"
@@ -28,6 +29,20 @@ class DenseProducts {
       for (int64_t i = 0; i < block.count; ++i) rows.push_back(in(block.rows) + i * block.ld);
   }
 
+  // h[i, r] = <tokens[i], row r> for rows [r0, r1).
+  static void shrink_in_dot_form(const DenseShrink& p, int64_t n, const T* const* tokens,
+                                 int64_t r0, int64_t r1, A* h) {
+    const int64_t fit = std::max<int64_t>(8, kRowBytes / (p.C * sizeof(T) + 1) / 8 * 8);
+    int64_t first = 0;  // of the block, among all rows
+    for (const RowBlock& block : p.blocks) {
+      const int64_t end = std::min(r1, first + block.count);
+      for (int64_t r = std::max(r0, first); r < end; r += fit)
+        moelora::MOELORA_LEVEL::shrink<T>(n, tokens, in(block.rows) + (r - first) * block.ld,
+                                          block.ld, std::min(fit, end - r), p.C, h + r, p.ldh);
+      first += block.count;
+    }
+  }
+
   // Tokens per pass of expand: filling the panel is lost in the noise and coefficients stay in L2.
   static constexpr int64_t kExpandTokens = 512;
   // Bytes of rows that meet a block of tokens before the next rows do.
@@ -36,8 +51,8 @@ class DenseProducts {
  public:
   static void shrink(const DenseShrink& p, int64_t t0, int64_t t1, int64_t r0, int64_t r1) {
     static thread_local std::vector<const T*> tokens;
+    static thread_local std::vector<const T*> rows;
     static thread_local Scratch<T> masked_scratch;
-    const int64_t fit = std::max<int64_t>(8, kRowBytes / (p.C * sizeof(T) + 1) / 8 * 8);
     for (int64_t a = t0; a < t1; a += kTokenBlock) {
       const int64_t b = std::min(t1, a + kTokenBlock);
       tokens.resize(b - a);
@@ -48,14 +63,12 @@ class DenseProducts {
         masked_copy(*p.dropout, tokens[t - a], t, 0, 0, p.C, masked + (t - a) * p.C);
         tokens[t - a] = masked + (t - a) * p.C;
       }
-      int64_t first = 0;  // of the block, among all rows
-      for (const RowBlock& block : p.blocks) {
-        const int64_t end = std::min(r1, first + block.count);
-        for (int64_t r = std::max(r0, first); r < end; r += fit)
-          moelora::MOELORA_LEVEL::shrink<T>(
-              b - a, tokens.data(), in(block.rows) + (r - first) * block.ld, block.ld,
-              std::min(fit, end - r), p.C, static_cast<A*>(p.h) + a * p.ldh + r, p.ldh);
-        first += block.count;
+      A* h = static_cast<A*>(p.h) + a * p.ldh;
+      if (shrinks_in_panels<T>(p.rows())) {
+        gather_rows(p, rows);
+        shrink_in_panels<T>(b - a, tokens.data(), rows.data(), r0, r1, p.C, h, p.ldh);
+      } else {
+        shrink_in_dot_form(p, b - a, tokens.data(), r0, r1, h);
       }
       if (!p.dropout) continue;
       const A inv_keep = static_cast<A>(p.dropout->inv_keep);

@@ -20,6 +20,10 @@
 namespace moelora {
 namespace MOELORA_LEVEL {
 
+// Steps whose products are summed in registers.  Each such sum starts from zero, and the sums are
+// added up: one accumulator over thousands of products would err more than the library's.
+constexpr int64_t kSumSteps = 256;
+
 // ---------------------------------------------------------------- words: what one step multiplies
 
 // One element of T, widened.
@@ -29,9 +33,7 @@ struct Word {
   using word = A;        // how the panel stores it
   using lanes = vec<A>;  // a register of them
   static constexpr int kElements = 1;
-  // Steps whose products are summed in registers.  Each such sum starts from zero, and the sums are
-  // added up: one accumulator over thousands of products would err more than the library's.
-  static constexpr int64_t kSumSteps = 256;
+  static constexpr int64_t kLinearSteps = kSumSteps;
   static MOELORA_INLINE lanes broadcast(const T* row, int64_t k) {
 #if defined(__AVX512F__) && defined(__AVX512BW__)
     if constexpr (std::is_same_v<T, Float16>)
@@ -58,7 +60,7 @@ struct Word<BFloat16> {
   using lanes = __m512bh;
   static constexpr int kElements = 2;
   // Rounding y errs more than long sums; but what is summed at a time has to stay in L2.
-  static constexpr int64_t kSumSteps = 2048;
+  static constexpr int64_t kLinearSteps = 2048;
   static MOELORA_INLINE lanes broadcast(const BFloat16* row, int64_t k) {
     uint32_t pair;
     memcpy(&pair, row + 2 * k, sizeof pair);
@@ -98,6 +100,11 @@ MOELORA_INLINE typename Word<T>::lanes load_lanes(const typename Word<T>::word* 
   memcpy(&v, p, sizeof v);
   return v;
 }
+
+// Up to so many tokens the dot form is faster than panels of tokens (K, N of 576 to 4096, Zen 4,
+// two threads).
+template <class T>
+constexpr int64_t kSmallLinearTokens = Word<T>::kElements == 2 ? 8 : 12;
 
 // ---------------------------------------------------------------- the product
 
@@ -161,15 +168,15 @@ MOELORA_INLINE void panel_tile(const typename Word<T>::word* panel, const T* con
 
 // sums [kChunkRows, kVectors lanes] of rows [j0, j1), of which row(j) gives the address.
 template <class T, int kVectors, class Row>
-void panel_chunk(const typename Word<T>::word* panel, int64_t terms, int64_t j0, int64_t j1,
-                 const Row& row, acc_t<T>* sums) {
+void panel_chunk(const typename Word<T>::word* panel, int64_t terms, int64_t sum_steps, int64_t j0,
+                 int64_t j1, const Row& row, acc_t<T>* sums) {
   using W = Word<T>;
   constexpr int kRows = kPanelRows<kVectors>;
   const int64_t steps = steps_of<T>(terms);
   const bool odd = terms % W::kElements != 0;
   int64_t k = 0;
   do {  // without any terms too, for sums that are zero
-    const int64_t end = std::min(steps, k + W::kSumSteps);
+    const int64_t end = std::min(steps, k + sum_steps);
     for (int64_t j = j0; j < j1; j += kRows) {
       // Beyond the last row it is computed again; nobody reads that.
       const T *rows[kRows], *next[kRows];
@@ -182,6 +189,19 @@ void panel_chunk(const typename Word<T>::word* panel, int64_t terms, int64_t j0,
     }
     k = end;
   } while (k < steps);
+}
+
+// The same for any number of rows: done(sums, j0, j1) for each chunk.
+template <class T, int kVectors, class Row, class Done>
+MOELORA_INLINE void panel_rows(const typename Word<T>::word* panel, int64_t terms,
+                               int64_t sum_steps, int64_t j0, int64_t j1, const Row& row,
+                               const Done& done) {
+  alignas(64) acc_t<T> sums[kChunkRows * kVectors * kLanes<acc_t<T>>];
+  for (int64_t j = j0; j < j1; j += kChunkRows) {
+    const int64_t end = std::min(j1, j + kChunkRows);
+    panel_chunk<T, kVectors>(panel, terms, sum_steps, j, end, row, sums);
+    done(sums, j, end);
+  }
 }
 
 // ---------------------------------------------------------------- forward: a panel of tokens
@@ -228,6 +248,12 @@ MOELORA_INLINE typename Word<T>::word word_of(const T* row, int64_t k, int64_t t
     return to_acc(row[k]);
 }
 
+template <class T>
+typename Word<T>::word* take_panel(int64_t terms, int vectors) {
+  static thread_local Scratch<typename Word<T>::word> panels;
+  return panels.take(std::max<int64_t>(1, steps_of<T>(terms)) * vectors * kLanes<acc_t<T>>);
+}
+
 // panel[k, lane] = word k of row(lane), for lanes [0, n); zero beyond.
 template <class T, int kVectors, class Row>
 void pack_tokens(int64_t n, int64_t terms, const Row& row, typename Word<T>::word* panel) {
@@ -263,9 +289,10 @@ void pack_tokens(int64_t n, int64_t terms, const Row& row, typename Word<T>::wor
   }
 }
 
-// y[lane, j] = sums[j, lane] + bias[j], for rows [j0, j1) and lanes [0, n).
-template <class T, int kVectors>
-void store_tokens(const acc_t<T>* sums, int64_t n, int64_t j0, int64_t j1, const T* bias, T* y,
+// y[lane, j] = sums[j, lane] + bias[j], for rows [j0, j1) and lanes [0, n).  O: T or its
+// accumulator.
+template <class T, int kVectors, class O>
+void store_tokens(const acc_t<T>* sums, int64_t n, int64_t j0, int64_t j1, const T* bias, O* y,
                   int64_t ldy) {
   using A = acc_t<T>;
   constexpr int kLane = kLanes<A>, kPitch = kVectors * kLane;
@@ -287,27 +314,21 @@ void store_tokens(const acc_t<T>* sums, int64_t n, int64_t j0, int64_t j1, const
   for (; j < j1; ++j) {
     const A add = bias ? to_acc(bias[j]) : A(0);
     for (int64_t lane = 0; lane < n; ++lane)
-      y[lane * ldy + j] = from_acc<T>(sums[(j - j0) * kPitch + lane] + add);
+      y[lane * ldy + j] = from_acc<O>(sums[(j - j0) * kPitch + lane] + add);
   }
 }
 
 template <class T, int kVectors>
 void linear_block(const Linear& p, int64_t t0, int64_t t1, int64_t n0, int64_t n1) {
-  using A = acc_t<T>;
-  using word = typename Word<T>::word;
-  static thread_local Scratch<word> panels;
-  alignas(64) A sums[kChunkRows * kVectors * kLanes<A>];
   const T *x = static_cast<const T*>(p.x) + t0 * p.ldx, *weight = static_cast<const T*>(p.weight);
-  const T* bias = static_cast<const T*>(p.bias);
-  T* y = static_cast<T*>(p.y) + t0 * p.ldy;
-  word* panel = panels.take(steps_of<T>(p.terms) * kVectors * kLanes<A>);
+  auto* panel = take_panel<T>(p.terms, kVectors);
   pack_tokens<T, kVectors>(t1 - t0, p.terms, [&](int64_t i) { return x + i * p.ldx; }, panel);
-  for (int64_t j = n0; j < n1; j += kChunkRows) {
-    const int64_t end = std::min(n1, j + kChunkRows);
-    panel_chunk<T, kVectors>(
-        panel, p.terms, j, end, [&](int64_t row) { return weight + row * p.ldw; }, sums);
-    store_tokens<T, kVectors>(sums, t1 - t0, j, end, bias, y, p.ldy);
-  }
+  panel_rows<T, kVectors>(
+      panel, p.terms, Word<T>::kLinearSteps, n0, n1, [&](int64_t j) { return weight + j * p.ldw; },
+      [&](const acc_t<T>* sums, int64_t j0, int64_t j1) {
+        store_tokens<T, kVectors>(sums, t1 - t0, j0, j1, static_cast<const T*>(p.bias),
+                                  static_cast<T*>(p.y) + t0 * p.ldy, p.ldy);
+      });
 }
 
 // Calls f with an integral constant, the vectors that hold `lanes` lanes.
@@ -345,12 +366,10 @@ void linear_backward_strip(const Linear& p, int64_t t0, int64_t t1, int64_t c0, 
   using word = typename W::word;
   constexpr int kPitch = kVectors * kLanes<A>, kGroupColumns = W::kGroup * kLanes<A>;
   constexpr int64_t kAhead = 8;  // rows of the weight are pages apart, which no prefetcher follows
-  static thread_local Scratch<word> panels;
-  alignas(64) A sums[kChunkRows * kPitch];
   const T *x = static_cast<const T*>(p.x), *weight = static_cast<const T*>(p.weight) + c0;
   T* y = static_cast<T*>(p.y) + c0;
   const int64_t steps = steps_of<T>(p.terms), columns = c1 - c0;
-  word* panel = panels.take(steps * kPitch);
+  word* panel = take_panel<T>(p.terms, kVectors);
   for (int64_t k = 0; k < steps; ++k) {
     const T* row = weight + k * W::kElements * p.ldw;
     const T* next = k * W::kElements + 1 < p.terms ? row + p.ldw : nullptr;
@@ -362,24 +381,23 @@ void linear_backward_strip(const Linear& p, int64_t t0, int64_t t1, int64_t c0, 
       W::load_columns(row + v * kLanes<A>, next ? next + v * kLanes<A> : nullptr,
                       columns - v * kLanes<A>, panel + k * kPitch + v * kLanes<A>);
   }
-  for (int64_t t = t0; t < t1; t += kChunkRows) {
-    const int64_t end = std::min(t1, t + kChunkRows);
-    panel_chunk<T, kVectors>(
-        panel, p.terms, t, end, [&](int64_t row) { return x + row * p.ldx; }, sums);
-    for (int64_t i = t; i < end; ++i)
-      for (int v = 0; v < kVectors && v * kLanes<A> < columns; v += W::kGroup) {
-        const A* from = sums + (i - t) * kPitch + v * kLanes<A>;
-        T* to = y + i * p.ldy + v * kLanes<A>;
-        const int64_t left = columns - v * kLanes<A>;
-        if (left >= kGroupColumns) {
-          W::store_columns(to, from);
-        } else {
-          T padded[kGroupColumns];
-          W::store_columns(padded, from);
-          memcpy(to, padded, left * sizeof(T));
-        }
-      }
-  }
+  panel_rows<T, kVectors>(
+      panel, p.terms, W::kLinearSteps, t0, t1, [&](int64_t t) { return x + t * p.ldx; },
+      [&](const A* sums, int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t)
+          for (int v = 0; v < kVectors && v * kLanes<A> < columns; v += W::kGroup) {
+            const A* from = sums + (t - first) * kPitch + v * kLanes<A>;
+            T* to = y + t * p.ldy + v * kLanes<A>;
+            const int64_t left = columns - v * kLanes<A>;
+            if (left >= kGroupColumns) {
+              W::store_columns(to, from);
+            } else {
+              T padded[kGroupColumns];
+              W::store_columns(padded, from);
+              memcpy(to, padded, left * sizeof(T));
+            }
+          }
+      });
 }
 
 // Tokens that all strips meet before the next ones come: their rows of dy stay in L3.
@@ -401,11 +419,51 @@ void linear_backward(const Linear& p, int64_t t0, int64_t t1, int64_t c0, int64_
   }
 }
 
-// ---------------------------------------------------------------- a handful of tokens
+// ---------------------------------------------------------------- shrinks by many rows
 
-// Up to so many it is the faster one (K, N of 576 to 4096, Zen 4, two threads).
+// Whether a shrink by so many rows goes through panels.  Its sums have another order than those in
+// dot form, so T may not decide.  Up to 64 rows, and in float32, the dot form is as fast: measured
+// with 2048 to 4096 terms.
 template <class T>
-constexpr int64_t kSmallLinearTokens = Word<T>::kElements == 2 ? 8 : 12;
+constexpr bool shrinks_in_panels(int64_t rows) {
+  return Word<T>::kElements == 2 && rows > 64;
+}
+
+// out[i, j] = <x[i], row j> for tokens [0, n), n <= kTokenBlock, and rows [r0, r1).  Lanes are
+// tokens, or rows if there are few tokens: a sum has the same order either way.
+template <class T>
+void shrink_in_panels(int64_t n, const T* const* x, const T* const* rows, int64_t r0, int64_t r1,
+                      int64_t terms, acc_t<T>* out, int64_t ldo) {
+  using A = acc_t<T>;
+  static_assert(kRegisters != 32 || sizeof(A) != 4 || kTokenBlock == kPanelVectors * kLanes<A>);
+  const auto token = [&](int64_t i) { return x[i]; };
+  if (n > kSmallLinearTokens<T>) {
+    with_vectors<A>(n, [&](auto vectors) {
+      constexpr int kVectors = vectors();
+      auto* panel = take_panel<T>(terms, kVectors);
+      pack_tokens<T, kVectors>(n, terms, token, panel);
+      panel_rows<T, kVectors>(
+          panel, terms, kSumSteps, r0, r1, [&](int64_t j) { return rows[j]; },
+          [&](const A* sums, int64_t j0, int64_t j1) {
+            store_tokens<T, kVectors, A>(sums, n, j0, j1, nullptr, out, ldo);
+          });
+    });
+    return;
+  }
+  constexpr int kPitch = kPanelVectors * kLanes<A>;
+  auto* panel = take_panel<T>(terms, kPanelVectors);
+  for (int64_t r = r0; r < r1; r += kPitch) {
+    const int64_t lanes = std::min<int64_t>(kPitch, r1 - r);
+    pack_tokens<T, kPanelVectors>(lanes, terms, [&](int64_t i) { return rows[r + i]; }, panel);
+    panel_rows<T, kPanelVectors>(
+        panel, terms, kSumSteps, 0, n, token, [&](const A* sums, int64_t t0, int64_t t1) {
+          for (int64_t t = t0; t < t1; ++t)
+            memcpy(out + t * ldo + r, sums + (t - t0) * kPitch, lanes * sizeof(A));
+        });
+  }
+}
+
+// ---------------------------------------------------------------- a handful of tokens
 
 // y[t, n] = <x_t, weight_n> + bias_n for all tokens and outputs [n0, n1): nothing packed, the
 // weight is read once.

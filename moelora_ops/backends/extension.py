@@ -130,18 +130,16 @@ def own_linear_tokens(dtype: torch.dtype) -> int:
     return ANY_NUMBER if _linear == "own" else _linear_limits.get(dtype, 0)
 
 
-def own_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether ``x @ weight.T`` is ours, x ``[..., K]`` and weight ``[N, K]`` of a CPU."""
-    most = own_linear_tokens(x.dtype)
-    if weight.stride(-1) != 1 or not most:
-        return False
-    return most == ANY_NUMBER or math.prod(x.shape[:-1]) <= most
+def base_product(x: torch.Tensor, weight: torch.Tensor) -> str:
+    """Who computes a frozen linear of x ``[..., K]`` by weight ``[N, K]``, of ``ops.BASE_PRODUCTS``.
 
-
-def own_linear_backward(dy: torch.Tensor) -> bool:
-    """Whether ``dy @ weight`` is ours where ``x @ weight.T`` was.
-
-    Only where the number of tokens has no limit: it packs the weight, which for one token takes
-    longer than the product.
+    Backward it is ours only where the number of tokens has no limit: it packs the weight, which for
+    one token takes longer than the product.
     """
-    return own_linear_tokens(dy.dtype) == ANY_NUMBER and math.prod(dy.shape[:-1]) > 1
+    most = own_linear_tokens(x.dtype)
+    if not most or weight.stride(-1) != 1:
+        return ops.LIBRARY
+    tokens = math.prod(x.shape[:-1])
+    if most == ANY_NUMBER:
+        return ops.OWN if tokens > 1 else ops.OWN_FORWARD
+    return ops.OWN_FORWARD if tokens <= most else ops.LIBRARY

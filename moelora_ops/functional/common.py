@@ -303,15 +303,18 @@ def run_mixture(
         if base_output is not None:
             base_output = base_output.reshape(rows.shape[0], out_features)
     on_cpu = backend == "cpu"
-    own_base = on_cpu and weight is not None and extension.own_linear(x, weight)
+    base_product = ops.LIBRARY
+    if on_cpu and weight is not None:
+        base_product = extension.base_product(x, weight)
     # The adapter first and the library's GEMM with beta = 1 on top is free in float32, while on a
     # CPU it costs 1 % in bfloat16 (docs/design.md).
-    expand_first = not own_base and (x.dtype == torch.float32 or not on_cpu)
+    library = base_product == ops.LIBRARY
+    expand_first = library and (x.dtype == torch.float32 or not on_cpu)
     if bias is not None:
         bias = bias.contiguous()
     # Outside autograd its bookkeeping is a tenth of what a single token costs.
     run = function.apply if torch.is_grad_enabled() else mixture
-    results = run(rows, weight, bias, base_output, expand_first, own_base, backend, *arguments)
+    results = run(rows, weight, bias, base_output, expand_first, base_product, backend, *arguments)
     if isinstance(results, Tensor):  # a function with one output returns it bare
         results = (results,)
     if rows is x:
