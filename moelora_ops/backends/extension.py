@@ -131,7 +131,7 @@ def own_linear_tokens(dtype: torch.dtype) -> int:
 
 
 def base_product(x: torch.Tensor, weight: torch.Tensor) -> str:
-    """Who computes a frozen linear of x ``[..., K]`` by weight ``[N, K]``, of ``ops.BASE_PRODUCTS``.
+    """Which of ``ops.BASE_PRODUCTS`` computes a frozen linear: x ``[..., K]``, weight ``[N, K]``.
 
     Backward it is ours only where the number of tokens has no limit: it packs the weight, which for
     one token takes longer than the product.
