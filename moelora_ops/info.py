@@ -156,7 +156,7 @@ def format_info(info: dict) -> str:
 
 
 def _tokens(most: int) -> str:
-    return "any number" if most == extension.ANY_NUMBER else f"up to {most}"
+    return {0: "none", extension.ANY_NUMBER: "any number"}.get(most, f"up to {most}")
 
 
 def _taken(takes: list[dict]) -> list[tuple[str, str]]:

@@ -113,10 +113,10 @@ def test_text_names_every_fact(monkeypatch):
     assert rows["MOELORA_LINEAR"].startswith("not set")
     assert rows["reference"] == "available" and rows["bfloat16"] in ("cpu", "reference")
     assert rows["own frozen product"].startswith("auto: tokens in float32 ")
-    assert rows["own frozen product"].endswith("float64 up to 0")
+    assert rows["own frozen product"].endswith("float64 none")
 
 
-@pytest.mark.parametrize(("choice", "said"), (("own", "any number"), ("library", "up to 0")))
+@pytest.mark.parametrize(("choice", "said"), (("own", "any number"), ("library", "none")))
 def test_own_product_by_choice(monkeypatch, choice, said):
     monkeypatch.setattr(extension, "_linear", choice)
     monkeypatch.setattr(extension, "_error", "")

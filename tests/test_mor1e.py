@@ -710,7 +710,8 @@ def test_the_benchmark_checks_and_measures(dtype, mode, ranks, floors):
         record = run_case(method, case, direction, Settings(rounds=3, seconds=0.1, compile=False))
         assert "refused" not in record, record["refused"]
         assert record["floors"]["dense"] == pytest.approx(floor)
-        assert record["variants"].keys() == {"base", "touch", "stacked", "eager", "ours"}
+        ours = {"ours", "ours-library"}
+        assert record["variants"].keys() == {"base", "touch", "stacked", "eager", *ours}
     # What a training step keeps beside x: hidden and logits in float32, no less, no more than the
     # target, unless the back end is the reference, which keeps everything.
     if record["backend"] == "cpu":

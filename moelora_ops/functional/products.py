@@ -76,7 +76,8 @@ def expand(hidden: Tensor, rows: Tensor, y: Tensor) -> Tensor:
     if backend == "reference":
         with torch.autocast(y.device.type, enabled=False):
             return (y.to(wide) + hidden @ rows.to(wide)).to(y.dtype)
-    arguments = (None, None, None, y, False, False, backend, hidden.contiguous(), rows.contiguous())
+    base = (None, None, None, y, False, ops.LIBRARY)
+    arguments = (*base, backend, hidden.contiguous(), rows.contiguous())
     return (
         ExpandMixture.apply(*arguments)
         if torch.is_grad_enabled()
