@@ -53,6 +53,8 @@ class DenseProducts {
     static thread_local std::vector<const T*> tokens;
     static thread_local std::vector<const T*> rows;
     static thread_local Scratch<T> masked_scratch;
+    const bool in_panels = shrinks_in_panels<T>(p.rows());
+    if (in_panels) gather_rows(p, rows);
     for (int64_t a = t0; a < t1; a += kTokenBlock) {
       const int64_t b = std::min(t1, a + kTokenBlock);
       tokens.resize(b - a);
@@ -64,12 +66,10 @@ class DenseProducts {
         tokens[t - a] = masked + (t - a) * p.C;
       }
       A* h = static_cast<A*>(p.h) + a * p.ldh;
-      if (shrinks_in_panels<T>(p.rows())) {
-        gather_rows(p, rows);
+      if (in_panels)
         shrink_in_panels<T>(b - a, tokens.data(), rows.data(), r0, r1, p.C, h, p.ldh);
-      } else {
+      else
         shrink_in_dot_form(p, b - a, tokens.data(), r0, r1, h);
-      }
       if (!p.dropout) continue;
       const A inv_keep = static_cast<A>(p.dropout->inv_keep);
       for (int64_t t = a; t < b; ++t)

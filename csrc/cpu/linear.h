@@ -35,9 +35,12 @@ struct Word {
   static constexpr int kElements = 1;
   static constexpr int64_t kLinearSteps = kSumSteps;
   static MOELORA_INLINE lanes broadcast(const T* row, int64_t k) {
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512F__)
     if constexpr (std::is_same_v<T, Float16>)
       return (lanes)_mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(row[k].bits)));
+#elif defined(__F16C__)
+    if constexpr (std::is_same_v<T, Float16>)
+      return (lanes)_mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(row[k].bits)));
 #endif
     return splat(to_acc(row[k]));
   }
@@ -400,22 +403,16 @@ void linear_backward_strip(const Linear& p, int64_t t0, int64_t t1, int64_t c0, 
       });
 }
 
-// Tokens that all strips meet before the next ones come: their rows of dy stay in L3.
-constexpr int64_t kBackwardTokens = 1024;
-
 // y[t, c] = Σ_n x[t, n] weight[n, c] for tokens [t0, t1) and columns [c0, c1).
 template <class T>
 void linear_backward(const Linear& p, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
   constexpr int64_t kStrip = kPanelVectors * kLanes<acc_t<T>>;
-  for (int64_t t = t0; t < t1; t += kBackwardTokens) {
-    const int64_t last = std::min(t1, t + kBackwardTokens);
-    for (int64_t c = c0; c < c1; c += kStrip) {
-      const int64_t end = std::min(c1, c + kStrip);
-      if (2 * (end - c) <= kStrip && kPanelVectors > 2)
-        linear_backward_strip<T, 2>(p, t, last, c, end);
-      else
-        linear_backward_strip<T, kPanelVectors>(p, t, last, c, end);
-    }
+  for (int64_t c = c0; c < c1; c += kStrip) {
+    const int64_t end = std::min(c1, c + kStrip);
+    if (2 * (end - c) <= kStrip && kPanelVectors > 2)
+      linear_backward_strip<T, 2>(p, t0, t1, c, end);
+    else
+      linear_backward_strip<T, kPanelVectors>(p, t0, t1, c, end);
   }
 }
 

@@ -145,7 +145,9 @@ def _competitors(method: Method, settings: Settings) -> Iterator[Variant]:
 
 def _on_backend(backend: str, build: Callable, case: Any, layer: nn.Module) -> nn.Module | None:
     built = build(case, layer)
-    return built and Within(functools.partial(backends.use_backend, backend), built)
+    if built is None:
+        return None
+    return Within(functools.partial(backends.use_backend, backend), built)
 
 
 def _in_a_line(error: Exception) -> str:
