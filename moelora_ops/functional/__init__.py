@@ -7,7 +7,7 @@ from .gated import gated
 from .mola import mola
 from .mole import mole
 from .mor1e import mor1e
-from .products import expand, shrink
+from .products import expand, linear_expand, shrink
 
 __all__ = [
     "Routing",
@@ -18,6 +18,7 @@ __all__ = [
     "expand",
     "gated",
     "is_number",
+    "linear_expand",
     "mola",
     "mole",
     "mor1e",

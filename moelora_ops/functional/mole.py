@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..autograd import ExpandMixture, OutputGateMixture, Shrink, expand_mixture, output_gate_mixture
+from ..autograd import OutputGateMixture, Shrink, output_gate_mixture
 from . import common
+from .products import linear_expand
 
 MASK_MODES = ("gate", "input")
 GRANULARITIES = ("token", "sequence")
@@ -280,10 +281,8 @@ def _mole_per_sequence(
     hidden = Shrink.apply(backend, rows, down) if grad else ops.of(backend).shrink(rows, down)
     gates = space.gates(sequence_mean(hidden, sequence_mask))
     per_row = (gates * space.scales).repeat_interleave(lora_down.shape[1], -1)
-    y, *_ = common.run_mixture(
-        expand_mixture, ExpandMixture, backend, rows, weight, bias, base_output, lora_up.shape[2],
-        hidden * per_row.unsqueeze(-2), up,
-    )  # fmt: skip
+    mixed = hidden * per_row.unsqueeze(-2)
+    y = linear_expand(rows, weight, bias, mixed, up, base_output=base_output)
     return (y, gates) if return_gates else y
 
 

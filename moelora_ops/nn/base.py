@@ -58,10 +58,20 @@ class AdapterLinear(LooksLikeBase, nn.Module):
     def base_arguments(self, x: Tensor) -> dict[str, Tensor | None]:
         """The base as arguments of a method's function: weight and bias, or its output for x."""
         base = self.base
-        # Exactly nn.Linear: quantised layers subclass it; hooks and parametrisations need the call.
-        if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
+        if self.base_is_linear():
             return {"weight": base.weight, "bias": base.bias, "base_output": None}
         return {"weight": None, "bias": None, "base_output": self.base_output(x)}
+
+    def base_is_linear(self) -> bool:
+        """Whether the functions may compute the base's product themselves."""
+        base = self.base
+        # Exactly nn.Linear: quantised layers subclass it; hooks and parametrisations need the call.
+        return type(base) is nn.Linear and not (
+            base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+        )
 
     def base_output(self, x: Tensor) -> Tensor:
         """What the base, called as a module, says to x.

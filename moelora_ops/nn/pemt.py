@@ -173,8 +173,8 @@ class PEMTLinear(AdapterLinear):
             self._check_states("x", x)
         if queries or compares:
             length, rows = self.prompt_length if queries else 0, self.lora_down.detach()
-            # dx of a plain nn.Linear and of our functions is nobody else's: it may be added to.
-            own_dx = not shares or _is_plain_linear(self.base)
+            # dx of our functions is nobody else's: it may be added to.
+            own_dx = not shares or self.base_is_linear()
             x, query, hidden = _Taps.apply(x, length, rows if compares else None, own_dx)
         if weights is None:
             weights = self._gate(query, encoder_states)
@@ -243,7 +243,8 @@ class PEMTLinear(AdapterLinear):
         shares = (weights.to(hidden.dtype) * frozen.scales).unsqueeze(-1)
         shares = shares.reshape(len(weights), *[1] * (x.dim() - 2), *shares.shape[1:])
         mixed = (hidden * shares).flatten(-2)
-        return functional.expand(mixed, frozen.up_rows.flatten(0, 1), self.base_output(x))
+        up_rows = frozen.up_rows.flatten(0, 1)
+        return functional.linear_expand(x, hidden=mixed, rows=up_rows, **self.base_arguments(x))
 
     def _frozen_outputs(self) -> _Frozen:
         """Made once for as long as the experts stay."""
@@ -391,12 +392,6 @@ def check_arguments(
         check_count("gate_features", gate_features)
     if bottleneck is not None:
         check_count("bottleneck", bottleneck)
-
-
-def _is_plain_linear(base: nn.Module) -> bool:
-    return type(base) is nn.Linear and not (
-        base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
-    )
 
 
 def _shape(t) -> str:

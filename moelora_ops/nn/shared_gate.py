@@ -139,7 +139,8 @@ class SharedGate(Companion):
         mixed = (self._hidden.pop(index) * weights.unsqueeze(-1)).flatten(-2)
         if not self._hidden:
             self._input = None  # held no longer than needed
-        y = functional.expand(mixed, layer.lora_up.flatten(0, 1), layer.base_output(x))
+        up_rows = layer.lora_up.flatten(0, 1)
+        y = functional.linear_expand(x, hidden=mixed, rows=up_rows, **layer.base_arguments(x))
         if is_first:
             y, self.routing = balance.record(self, y, gating_of(self, self.gates))
         return y
