@@ -262,7 +262,7 @@ def test_experts_that_someone_unfreezes_are_trained_and_constants_to_the_loss(ki
     # Without f in between, nothing of the loss reaches them.
     f = literal(**inputs).detach()
     hidden = fused._hidden(inputs["x"] @ fused.lora_down.detach().flatten(0, 1).T)
-    cosines = expert_cosines(f, hidden, *fused._frozen_outputs())
+    _, cosines = expert_cosines(f, hidden, *fused._frozen_outputs())
     torch.testing.assert_close(cosines, literal.agreement.cosines)
     with pytest.raises(RuntimeError, match="have been used in the graph"):
         torch.autograd.grad(cosines.sum(), experts)
@@ -542,3 +542,21 @@ def test_what_a_call_lacks_is_named():
         make_layer()(x[0])
     with pytest.raises(ValueError, match="ffn_input: wanted the feed-forward's input"):
         PEMTSourceLinear(nn.Linear(K, N), kind="adapter")(x.float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_with_a_low_x_and_float32_parameters(kind):
+    """What a feed-forward's W_o gets under autocast: x is low already, the layer is not."""
+    layer = make_layer(kind=kind, dtype=torch.float32)
+    inputs = make_call(layer, kind, dtype=torch.float32)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = inputs["x"].detach().bfloat16().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            f = layer(**inputs | {"x": x})
+            loss = f.float().square().mean() + reference.task_sparsity(layer.agreement)
+        loss.backward()
+        assert x.grad.dtype == dtype
+        gradients.append(x.grad.float())
+    low, wide = gradients
+    assert (low - wide).norm() < 2**-7 * wide.norm()

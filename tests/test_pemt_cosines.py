@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moelora_ops.bench import numerics
 from moelora_ops.nn.cosines import expert_cosines, triangular_factors
 
 N = 8
@@ -20,7 +21,7 @@ def cosine_inputs(n_out=N, rank=3, experts=2, tokens=5):
 @pytest.mark.parametrize("rank", [1, 3, N, 2 * N])
 def test_cosines_are_those_of_the_materialised_outputs(rank):
     f, hidden, up, scales = cosine_inputs(rank=rank)
-    got = expert_cosines(f, hidden, up, triangular_factors(up), scales)
+    _, got = expert_cosines(f, hidden, up, triangular_factors(up), scales)
     for t in range(5):
         for e in range(2):
             o = scales[e] * hidden[t, e] @ up[e]
@@ -37,10 +38,65 @@ def test_gradients_of_the_cosines_by_finite_differences():
     )
 
 
+@pytest.mark.parametrize("used", ["f", "cosines", "both"])
+def test_gradients_of_f_meet(used):
+    """f's user and the cosines may each be in the loss or not."""
+    f, hidden, up, scales = cosine_inputs()
+    factors = triangular_factors(up)
+
+    def loss(f, hidden):
+        passed, cosines = expert_cosines(f, hidden, up, factors, scales)
+        terms = {"f": passed.square().sum(), "cosines": cosines.square().sum()}
+        return sum(terms.values()) if used == "both" else terms[used]
+
+    def plain(f, hidden):
+        outputs = scales[:, None] * torch.einsum("ter,ern->ten", hidden, up)
+        cosines = F.cosine_similarity(f[:, None], outputs, dim=-1)
+        terms = {"f": f.square().sum(), "cosines": cosines.square().sum()}
+        return sum(terms.values()) if used == "both" else terms[used]
+
+    leaves = f.requires_grad_(), hidden.requires_grad_()
+    unused = {"allow_unused": used == "f"}
+    got = torch.autograd.grad(loss(*leaves), leaves, **unused)
+    want = torch.autograd.grad(plain(*leaves), leaves, **unused)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+def test_cosines_in_low_precision(dtype):
+    """Values and gradients within twice the error of the materialised form, in f's dtype."""
+    f, hidden, up, scales = cosine_inputs(n_out=96, rank=6, tokens=700)
+    f, up, hidden, scales = f.to(dtype), up.to(dtype), hidden.float(), scales.float()
+    df, dcosines = torch.randn_like(f), torch.randn(700, 2)
+
+    def run(function, wide):
+        leaves = [t.detach().to(wide or t.dtype).requires_grad_() for t in (f, hidden)]
+        others = [t.to(wide or t.dtype) for t in (up, scales)]
+        passed, cosines = function(*leaves, *others)
+        grads = [df.to(passed.dtype), dcosines.to(cosines.dtype)]
+        torch.autograd.backward([passed * 1, cosines], grads)
+        return [cosines, *(leaf.grad for leaf in leaves)]
+
+    def ours(f, hidden, up, scales):
+        return expert_cosines(f, hidden, up, triangular_factors(up), scales)
+
+    def plain(f, hidden, up, scales):
+        outputs = scales[:, None] * torch.einsum("ter,ern->ten", hidden, up.to(hidden.dtype))
+        return f, F.cosine_similarity(f[:, None].to(hidden.dtype), outputs, dim=-1)
+
+    exact = run(plain, torch.float64)
+    for name, got, same, want in zip(
+        ("cosines", "df", "dhidden"), run(ours, None), run(plain, None), exact, strict=True
+    ):
+        error = numerics.error(got, want)
+        limit = numerics.budget(numerics.error(same, want), dtype)
+        assert error.rms <= limit.rms and error.max <= limit.max, name
+
+
 def test_gradients_of_the_cosines_are_the_closed_forms():
     f, hidden, up, scales = cosine_inputs()
     f.requires_grad_(), hidden.requires_grad_()
-    cosines = expert_cosines(f, hidden, up, triangular_factors(up), scales)
+    _, cosines = expert_cosines(f, hidden, up, triangular_factors(up), scales)
     dcosines = torch.randn_like(cosines)
     cosines.backward(dcosines)
     v, h, b, dc = (t.detach().numpy() for t in (f, hidden, up, dcosines))
@@ -66,7 +122,7 @@ def test_norms_do_not_square_the_condition_number():
     f = torch.randn(64, dtype=torch.float64)
     up = b.T[None]
     want = F.cosine_similarity(f, b @ hidden, dim=0)
-    got = expert_cosines(
+    _, got = expert_cosines(
         f[None].float(), hidden[None, None].float(), up.float(), triangular_factors(up.float()),
         torch.ones(1),
     )  # fmt: skip
@@ -79,7 +135,7 @@ def test_zero_outputs_have_cosine_zero_and_no_gradient():
     with torch.no_grad():
         hidden[0], f[1], scales[0] = 0, 0, 0
     f.requires_grad_(), hidden.requires_grad_()
-    cosines = expert_cosines(f, hidden, up, triangular_factors(up), scales)
+    _, cosines = expert_cosines(f, hidden, up, triangular_factors(up), scales)
     outputs = scales[:, None] * torch.einsum("ter,ern->ten", hidden, up)
     want = F.cosine_similarity(f[:, None], outputs, dim=-1)
     torch.testing.assert_close(cosines, want)
@@ -92,4 +148,5 @@ def test_many_tokens_go_block_by_block():
     f, hidden, up, scales = cosine_inputs(tokens=1100)
     outputs = scales[:, None] * torch.einsum("ter,ern->ten", hidden, up)
     want = F.cosine_similarity(f[:, None], outputs, dim=-1)
-    torch.testing.assert_close(expert_cosines(f, hidden, up, triangular_factors(up), scales), want)
+    _, got = expert_cosines(f, hidden, up, triangular_factors(up), scales)
+    torch.testing.assert_close(got, want)

@@ -7,7 +7,7 @@ from .gated import gated
 from .mola import mola
 from .mole import mole
 from .mor1e import mor1e
-from .products import expand, linear_expand, shrink
+from .products import expand, expand_, linear_expand, shrink
 
 __all__ = [
     "Routing",
@@ -16,6 +16,7 @@ __all__ = [
     "check_finite",
     "check_top_k",
     "expand",
+    "expand_",
     "gated",
     "is_number",
     "linear_expand",

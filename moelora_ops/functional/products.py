@@ -60,8 +60,7 @@ def expand(hidden: Tensor, rows: Tensor, y: Tensor) -> Tensor:
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: a back end was forced that cannot run here.
     """
-    if not isinstance(y, Tensor) or y.dim() == 0 or not y.is_floating_point():
-        raise TypeError(f"y: wanted a floating-point tensor [..., out_features], got {y!r}")
+    _check_output(y)
     if isinstance(rows, Tensor) and rows.dtype != y.dtype and common.autocast_dtype(y) is not None:
         rows = rows.to(y.dtype)
     _check_rows(rows, y, y.shape[-1])
@@ -76,6 +75,35 @@ def expand(hidden: Tensor, rows: Tensor, y: Tensor) -> Tensor:
         if torch.is_grad_enabled()
         else expand_mixture(*arguments)[0]
     )
+
+
+def expand_(hidden: Tensor, rows: Tensor, y: Tensor) -> Tensor:
+    """:func:`expand` in place, for gradients: autograd does not see it.
+
+    Args:
+        hidden: ``[..., R]`` in float32 (float64 for float64 y).
+        rows: ``[R, N]``, cast to y's dtype.
+        y: ``[..., N]``, contiguous; is added to.
+
+    Returns:
+        y.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: a back end was forced that cannot run here.
+    """
+    _check_output(y)
+    if not y.is_contiguous():
+        raise ValueError(f"y: wanted a contiguous tensor, got strides {list(y.stride())}")
+    rows = rows.to(y.dtype)
+    _check_rows(rows, y, y.shape[-1])
+    _check_hidden(hidden, rows, y)
+    backend = common.backend_for(y)
+    with torch.no_grad():
+        if backend == "reference":
+            return y.copy_(_reference_expand(hidden, rows, y))
+        ops.of(backend).expand(hidden.contiguous(), rows.contiguous(), y, True)
+    return y
 
 
 def linear_expand(
@@ -133,6 +161,11 @@ def linear_expand(
 def _reference_expand(hidden: Tensor, rows: Tensor, y: Tensor) -> Tensor:
     with torch.autocast(y.device.type, enabled=False):
         return (y.to(hidden.dtype) + hidden @ rows.to(hidden.dtype)).to(y.dtype)
+
+
+def _check_output(y: Tensor) -> None:
+    if not isinstance(y, Tensor) or y.dim() == 0 or not y.is_floating_point():
+        raise TypeError(f"y: wanted a floating-point tensor [..., out_features], got {y!r}")
 
 
 def _check_hidden(hidden: Tensor, rows: Tensor, like: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Cosines of a layer's output with every expert's, in rank space: PEMT's task sparsity loss."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ _BLOCK = 512  # tokens: enough for a product to be worth its call, too few to be
 
 def expert_cosines(
     f: Tensor, hidden: Tensor, up_rows: Tensor, factors: Tensor, scales: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """``cos(f, o_e)`` with every expert's output ``o_e = s_e B_e h_e``; B, s constants.
 
     In rank space: ``⟨f, B_e h_e⟩ = ⟨B_eᵀ f, h_e⟩`` and ``|B_e h_e| = |R_e h_e|``: no expert's
@@ -29,12 +29,11 @@ def expert_cosines(
         scales: s ``[E]``, in hidden's dtype like `factors`.
 
     Returns:
+        f, for whoever uses it from here on: its gradients meet here in one pass; and the cosines
         ``[..., E]`` in hidden's dtype; a norm below 1e-8 counts as 1e-8, as in PyTorch's
         ``cosine_similarity``.
     """
-    seen = functional.shrink(f, up_rows.flatten(0, 1)).unflatten(-1, up_rows.shape[:2])
-    f_norm = torch.linalg.vector_norm(f, dim=-1, dtype=hidden.dtype)
-    return _Cosines.apply(seen, hidden, f_norm, factors, scales)
+    return _Cosines.apply(f, hidden, up_rows, factors, scales)
 
 
 def triangular_factors(up_rows: Tensor) -> Tensor:
@@ -51,47 +50,59 @@ def triangular_factors(up_rows: Tensor) -> Tensor:
 
 
 class _Cosines(torch.autograd.Function):
-    """``s ⟨g_e, h_e⟩ / (|s R_e h_e| |f|)`` from ``g = Bᵀ f``; keeps g, h and no third."""
+    """``s ⟨g_e, h_e⟩ / (|s R_e h_e| |f|)`` with ``g = Bᵀ f``.
+
+    Apart, each of f's three gradients (from its user, of g, of ``|f|``) would be a ``[T, N]`` of
+    its own, and then be added.
+    """
 
     @staticmethod
-    def forward(ctx, seen, hidden, f_norm, factors, scale):
-        f_norm = f_norm.clamp(min=_SMALLEST_NORM).unsqueeze(-1)
-        cosines = hidden.new_empty(hidden.shape[:-1])
-        for out, g, h, m in row_blocks(cosines, seen, hidden, f_norm, trailing=(1, 2, 2, 1)):
-            norm = (scale * _outputs(h, factors).norm(dim=-1).t()).abs().clamp_(min=_SMALLEST_NORM)
-            torch.div(scale * (g * h).sum(-1), norm * m, out=out)
-        ctx.save_for_backward(seen, hidden, f_norm, factors, scale, cosines)
-        return cosines
+    def forward(ctx, f, hidden, up_rows, factors, scale):
+        ctx.set_materialize_grads(False)
+        rows = up_rows.flatten(0, 1).to(f.dtype)  # of another dtype under autocast
+        seen = functional.shrink(f, rows).view(hidden.shape)
+        f_norm = torch.linalg.vector_norm(f, dim=-1, keepdim=True, dtype=hidden.dtype)
+        cosines, norms = (hidden.new_empty(hidden.shape[:-1]) for _ in range(2))
+        for out, norm, g, h, m in row_blocks(
+            (cosines, 1), (norms, 1), (seen, 2), (hidden, 2), (f_norm, 1)
+        ):
+            outputs = torch.bmm(h.transpose(0, 1), factors.transpose(1, 2))  # R h: [E, t, r]
+            torch.mul(outputs.norm(dim=-1).t(), scale.abs(), out=norm)
+            each = scale / _at_least(norm, m)
+            torch.mul((g * h).sum(-1), each, out=out)
+        ctx.save_for_backward(f, hidden, rows, factors, scale, seen, f_norm, norms, cosines)
+        return f.view_as(f), cosines
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dcosines):
-        seen, hidden, f_norm, factors, scale, cosines = ctx.saved_tensors
-        dseen, dhidden = torch.empty_like(seen), torch.empty_like(hidden)
-        for dg, dh, g, h, m, c, dc in row_blocks(
-            dseen, dhidden, seen, hidden, f_norm, cosines, dcosines, trailing=(2, 2, 2, 2, 1, 1, 1)
-        ):
-            outputs = _outputs(h, factors)  # [E, t, r]
-            plain = outputs.norm(dim=-1).t()
-            norm = (scale * plain).abs().clamp_(min=_SMALLEST_NORM)
-            each = (dc * scale / (norm * m)).unsqueeze(-1)
-            torch.mul(each, h, out=dg)
-            torch.mul(each, g, out=dh)
-            # Where the norm is clamped it is a constant.
-            away = torch.where(norm > _SMALLEST_NORM, dc * c / plain.square(), 0.0)
-            outputs.mul_(away.t().unsqueeze(-1))
-            dh.sub_(torch.bmm(outputs, factors).transpose(0, 1))
-        free = f_norm > _SMALLEST_NORM
-        df_norm = torch.where(free, -(dcosines * cosines).sum(-1, keepdim=True) / f_norm, 0.0)
-        return dseen, dhidden, df_norm.squeeze(-1), None, None
+    def backward(ctx, df, dcosines):
+        if dcosines is None:
+            return df, None, None, None, None
+        f, hidden, rows, factors, scale, seen, f_norm, norms, cosines = ctx.saved_tensors
+        # Of R h the gradient is along Rᵀ R h.
+        gram = torch.bmm(factors.transpose(1, 2), factors)
+        df_total, dhidden = f.new_empty(f.shape), hidden.new_empty(hidden.shape)
+        for out, dh, dy, v, g, h, m, norm, c, dc in row_blocks(
+            (df_total, 1), (dhidden, 2), (df_total if df is None else df, 1), (f, 1), (seen, 2),
+            (hidden, 2), (f_norm, 1), (norms, 1), (cosines, 1), (dcosines, 1),
+        ):  # fmt: skip
+            # Where a norm is clamped it is a constant.
+            along = torch.where(m > _SMALLEST_NORM, -(dc * c).sum(-1, keepdim=True) / m.square(), 0)
+            torch.mul(v, along, out=out) if df is None else torch.addcmul(dy, v, along, out=out)
+            each = (dc * scale / _at_least(norm, m)).unsqueeze(-1)
+            functional.expand_((each * h).flatten(1), rows, out)
+            away = torch.where(norm > _SMALLEST_NORM, dc * c * (scale / norm).square(), 0)
+            within = torch.bmm(h.transpose(0, 1), gram).transpose(0, 1)
+            torch.mul(each, g, out=dh).addcmul_(within, away.unsqueeze(-1), value=-1)
+        return df_total, dhidden, None, None, None
 
 
-def _outputs(hidden: Tensor, factors: Tensor) -> Tensor:
-    """``R_e h_e``, ``[E, t, r]``."""
-    return torch.bmm(hidden.transpose(0, 1), factors.transpose(1, 2))
+def _at_least(norm: Tensor, f_norm: Tensor) -> Tensor:
+    """The cosines' denominator: of neither norm less than 1e-8."""
+    return norm.clamp(min=_SMALLEST_NORM) * f_norm.clamp(min=_SMALLEST_NORM)
 
 
-def row_blocks(*tensors: Tensor, trailing: Sequence[int] = (1, 1)) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors' rows, some at a time; the last `trailing` dimensions of each are a row."""
-    flat = [t.reshape(-1, *t.shape[t.dim() - n :]) for t, n in zip(tensors, trailing, strict=True)]
+def row_blocks(*tensors: tuple[Tensor, int]) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors' rows, some at a time; of each, a row is that many of its last dimensions."""
+    flat = [t.reshape(-1, *t.shape[t.dim() - dims :]) for t, dims in tensors]
     return zip(*(t.split(_BLOCK) for t in flat), strict=True)

@@ -11,7 +11,7 @@ from .. import functional, reference
 from ..reference import Agreement, Expert
 from .base import AdapterLinear
 from .checks import check_bool, check_choice, check_count
-from .cosines import expert_cosines, row_blocks, triangular_factors
+from .cosines import expert_cosines, triangular_factors
 from .loras import stack_loras
 from .pemt_adapter import PEMTAdapter, required_ffn_input, share_parameters
 
@@ -193,7 +193,7 @@ class PEMTLinear(AdapterLinear):
         f = z if self.adapter is None else self.adapter(z)
         cosines = None
         if compares:
-            cosines = expert_cosines(f, hidden, *frozen)
+            f, cosines = expert_cosines(f, hidden, *frozen)
         # A call inside a backward recomputes a checkpoint.  Keeping its graph would keep the
         # activations that checkpointing exists to free; the first call's is the one in the loss.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
@@ -322,8 +322,7 @@ class _Taps(torch.autograd.Function):
         if ctx.prompt_length and dquery is not None:
             dx[:, : ctx.prompt_length] += (dquery / ctx.prompt_length).unsqueeze(1).to(dx.dtype)
         if ctx.lora_down is not None and dhidden is not None:
-            for rows, hidden in row_blocks(dx, dhidden):
-                rows.copy_(functional.expand(hidden, ctx.lora_down, rows))
+            functional.expand_(dhidden, ctx.lora_down, dx)
         return dx, None, None, None
 
 
