@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moelora_ops
 from moelora_ops import reference
 from moelora_ops.bench.numerics import check_numerics
+from moelora_ops.functional import expert_cosines
 from moelora_ops.nn import PEMTAdapter, PEMTLinear, PEMTSourceLinear
-from moelora_ops.nn.cosines import expert_cosines
 
 BATCH, LENGTH, P, K, N = 3, 6, 2, 10, 8
 RANKS, SCALES = (3, 5, 2), (1.0, 0.5, -2.0)

@@ -175,6 +175,27 @@ struct OutputGating {
   int input_columns() const { return E * r + (normalization == Normalization::kLayerNorm ? 1 : 0); }
 };
 
+// PEMT's cosines, see mix/cosines.h.
+struct Cosines {
+  int64_t T, N;
+  int E, r;
+  const void* f;  // [T, N], ldf
+  int64_t ldf;
+  const void *seen, *hidden;  // A [T, E, r]
+  const void* factors;        // A [E, r, r]: rotations, or backward grams
+  const void* scales;         // A [E]
+  void* f_norm;               // A [T]
+  void *norms, *cosines;      // A [T, E]
+};
+struct CosinesForward : Cosines {};
+struct CosinesBackward : Cosines {
+  const void* dcosines;  // A [T, E]
+  const void* df_given;  // [T, N], lddf, or null: what reaches f from elsewhere
+  int64_t lddf;
+  void* df;               // [T, N]: df_given and what comes through |f|
+  void *dseen, *dhidden;  // A [T, E, r]
+};
+
 // The frozen linear: y_t = weight x_t + bias over K terms, or backward y_t = weightᵀ x_t over N
 // terms.
 struct Linear {
@@ -237,6 +258,9 @@ struct Kernels {
   void (*linear_backward)(const Linear&, int64_t t0, int64_t t1, int64_t c0, int64_t c1);
   void (*small_linear)(const Linear&, int64_t n0, int64_t n1);
   int64_t small_linear_tokens;  // for more, `linear` is faster
+  // Tokens [t0, t1).
+  void (*cosines)(const CosinesForward&, int64_t t0, int64_t t1);
+  void (*cosines_backward)(const CosinesBackward&, int64_t t0, int64_t t1);
 };
 
 // Rows of hidden that one unit of topk_hidden computes.

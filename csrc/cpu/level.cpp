@@ -1,6 +1,7 @@
 // The CPU kernels of one ISA level.  setup.py compiles this file once per level with that level's
 // flags and -DMOELORA_LEVEL=<name>; everything it includes lives in a namespace of that name.
 
+#include "cpu/cosines.h"
 #include "cpu/dense.h"
 #include "cpu/kernels.h"
 #include "cpu/linear.h"
@@ -24,7 +25,9 @@ static constexpr Kernels table() {
           linear<T>,
           linear_backward<T>,
           small_linear<T>,
-          kSmallLinearTokens<T>};
+          kSmallLinearTokens<T>,
+          CosineKernels<T>::forward,
+          CosineKernels<T>::backward};
 }
 
 extern const Kernels kTables[4] = {table<float>(), table<BFloat16>(), table<Float16>(),

@@ -3,6 +3,7 @@
 from ..reference import Routing
 from .averaged import averaged
 from .common import check_dropout, check_finite, check_top_k, is_number
+from .cosines import expert_cosines, expert_rotations
 from .gated import gated
 from .mola import mola
 from .mole import mole
@@ -17,6 +18,8 @@ __all__ = [
     "check_top_k",
     "expand",
     "expand_",
+    "expert_cosines",
+    "expert_rotations",
     "gated",
     "is_number",
     "linear_expand",

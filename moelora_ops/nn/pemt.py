@@ -11,7 +11,6 @@ from .. import functional, reference
 from ..reference import Agreement, Expert
 from .base import AdapterLinear
 from .checks import check_bool, check_choice, check_count
-from .cosines import expert_cosines, triangular_factors
 from .loras import stack_loras
 from .pemt_adapter import PEMTAdapter, required_ffn_input, share_parameters
 
@@ -24,12 +23,12 @@ class _Frozen(NamedTuple):
 
     Attributes:
         up_rows: Bᵀ ``[E, r', N]``; with biases ``r' = r + 1`` and the last row is b.
-        factors: R of B, see :func:`triangular_factors`.
+        rotations: see :func:`moelora_ops.functional.expert_rotations`.
         scales: s ``[E]``.
     """
 
     up_rows: Tensor
-    factors: Tensor
+    rotations: Tensor
     scales: Tensor
 
 
@@ -193,7 +192,7 @@ class PEMTLinear(AdapterLinear):
         f = z if self.adapter is None else self.adapter(z)
         cosines = None
         if compares:
-            f, cosines = expert_cosines(f, hidden, *frozen)
+            f, cosines = functional.expert_cosines(f, hidden, *frozen)
         # A call inside a backward recomputes a checkpoint.  Keeping its graph would keep the
         # activations that checkpointing exists to free; the first call's is the one in the loss.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
@@ -258,8 +257,8 @@ class PEMTLinear(AdapterLinear):
             up_rows = self.lora_up.detach()
             if self.biases:
                 up_rows = torch.cat([up_rows, self.up_bias.detach()[:, None]], 1)
-            factors = triangular_factors(up_rows)
-            self._frozen = key, _Frozen(up_rows, factors, factors.new_tensor(self.scales))
+            rotations = functional.expert_rotations(up_rows)
+            self._frozen = key, _Frozen(up_rows, rotations, rotations.new_tensor(self.scales))
         return self._frozen[1]
 
     @classmethod

@@ -1,0 +1,70 @@
+// Cosines of a layer's output f with every expert's output s_e B_e h_e, row by row and in rank
+// space, and their backward: PEMT's task sparsity loss (docs/math.md).  Letters: E experts, r rank.
+//
+// With g_e = B_eᵀ f and B_e = Q_e R_e (QR), <f, B_e h_e> = <g_e, h_e> and |B_e h_e| = |R_e h_e|.
+#pragma once
+
+#include <cmath>
+
+#include "mix/rotate.h"
+
+namespace moelora {
+
+constexpr double kSmallestNorm = 1e-8;  // as torch.nn.functional.cosine_similarity
+
+// 1 / (|f| |s B h|), neither norm less than the smallest.
+template <class A>
+MOELORA_HD A inverse_norms(A f_norm, A norm) {
+  const A least = static_cast<A>(kSmallestNorm);
+  return 1 / ((f_norm < least ? least : f_norm) * (norm < least ? least : norm));
+}
+
+// One token.
+//   rotations [E, r, r]: Rᵀ
+//   scales    [E]: s
+//   f_norm    |f|
+//   seen      [E, r]: g
+//   hidden    [E, r]: h
+//   cosines   [E] out
+//   norms     [E] out: |s B h|
+//   rotated   [r] scratch
+template <class A>
+MOELORA_HD void cosines_row(int E, int r, const A* rotations, const A* scales, A f_norm,
+                            const A* seen, const A* hidden, A* cosines, A* norms, A* rotated) {
+  for (int e = 0; e < E; ++e) {
+    const A* h = hidden + e * r;
+    norms[e] = std::fabs(scales[e]) * std::sqrt(rotate(rotations + e * r * r, h, r, rotated));
+    cosines[e] = scales[e] * dot(seen + e * r, h, r) * inverse_norms(f_norm, norms[e]);
+  }
+}
+
+// Its backward.  Where a norm was clamped it is a constant.
+//   grams    [E, r, r]: Rᵀ R
+//   dcosines [E]
+//   dseen    [E, r] out
+//   dhidden  [E, r] out
+//   turned   [r] scratch
+//   returns the coefficient of f in its gradient through |f|
+template <class A>
+MOELORA_HD A cosines_backward_row(int E, int r, const A* grams, const A* scales, A f_norm,
+                                  const A* seen, const A* hidden, const A* cosines, const A* norms,
+                                  const A* dcosines, A* dseen, A* dhidden, A* turned) {
+  const A least = static_cast<A>(kSmallestNorm);
+  A along = 0;
+  for (int e = 0; e < E; ++e) {
+    const A *g = seen + e * r, *h = hidden + e * r;
+    const A each = dcosines[e] * scales[e] * inverse_norms(f_norm, norms[e]);
+    const A product = dcosines[e] * cosines[e];
+    for (int j = 0; j < r; ++j) dseen[e * r + j] = each * h[j];
+    for (int j = 0; j < r; ++j) dhidden[e * r + j] = each * g[j];
+    if (norms[e] > least) {
+      const A ratio = scales[e] / norms[e], turn = product * ratio * ratio;
+      rotate(grams + e * r * r, h, r, turned);
+      for (int j = 0; j < r; ++j) dhidden[e * r + j] -= turn * turned[j];
+    }
+    along -= product;
+  }
+  return f_norm > least ? along / (f_norm * f_norm) : A(0);
+}
+
+}  // namespace moelora
