@@ -51,13 +51,15 @@ class PEMTCase(SequenceCase):
 
 def _cases() -> tuple[PEMTCase, ...]:
     # One token's gradients are a few errors repeated over K or N: no measure of an implementation.
-    return tuple(
+    t5 = tuple(
         PEMTCase(
             f"t{tokens}", dtype, tokens,
             directions=(FORWARD, TRAIN) if tokens >= 64 else (FORWARD,),
         )
         for tokens, dtype in itertools.product((4096, 1024, 512, 64, 8, 1), ("bf16", "fp32"))
     )  # fmt: skip
+    # As the other methods' main case is.
+    return t5 + tuple(PEMTCase("square", dtype, 1024, 2048, 2048) for dtype in ("bf16", "fp32"))
 
 
 def _gpu_cases() -> tuple[PEMTCase, ...]:

@@ -11,7 +11,9 @@ from . import common
 from .products import expand_, shrink
 
 _SMALLEST_NORM = 1e-8  # as torch.nn.functional.cosine_similarity
-_BLOCK = 512  # tokens: enough for a product to be worth its call, too few to be seen in memory
+# Tokens: enough for a product to be worth its call, too few to be seen in memory.  A launch is worth
+# it for more.
+_BLOCK, _GPU_BLOCK = 512, 16384
 
 
 def expert_cosines(
@@ -99,7 +101,8 @@ class _Cosines(torch.autograd.Function):
 
 def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors' rows ``[..., columns]``, some at a time; their memory, not copies."""
-    return zip(*(t.view(-1, t.shape[-1]).split(_BLOCK) for t in tensors), strict=True)
+    block = _BLOCK if tensors[0].device.type == "cpu" else _GPU_BLOCK
+    return zip(*(t.view(-1, t.shape[-1]).split(block) for t in tensors), strict=True)
 
 
 # ---------------------------------------------------------------- the operators, where no kernel is
