@@ -11,7 +11,7 @@ from . import common
 from .products import expand_, shrink
 
 _SMALLEST_NORM = 1e-8  # as torch.nn.functional.cosine_similarity
-# Tokens: enough for a product to be worth its call, too few to be seen in memory.  A launch is worth
+# Tokens: enough for a product to be worth its call, too few to be seen in memory; a launch is worth
 # it for more.
 _BLOCK, _GPU_BLOCK = 512, 16384
 
