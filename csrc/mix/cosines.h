@@ -20,47 +20,42 @@ MOELORA_HD A inverse_norms(A f_norm, A norm) {
 }
 
 // One token.
-//   rotations [E, r, r]: Rᵀ
 //   scales    [E]: s
 //   f_norm    |f|
 //   seen      [E, r]: g
 //   hidden    [E, r]: h
+//   rotated   [E, r]: R h
 //   cosines   [E] out
 //   norms     [E] out: |s B h|
-//   rotated   [r] scratch
 template <class A>
-MOELORA_HD void cosines_row(int E, int r, const A* rotations, const A* scales, A f_norm,
-                            const A* seen, const A* hidden, A* cosines, A* norms, A* rotated) {
+MOELORA_HD void cosines_row(int E, int r, const A* scales, A f_norm, const A* seen, const A* hidden,
+                            const A* rotated, A* cosines, A* norms) {
   for (int e = 0; e < E; ++e) {
-    const A* h = hidden + e * r;
-    norms[e] = std::fabs(scales[e]) * std::sqrt(rotate(rotations + e * r * r, h, r, rotated));
-    cosines[e] = scales[e] * dot(seen + e * r, h, r) * inverse_norms(f_norm, norms[e]);
+    const A* z = rotated + e * r;
+    norms[e] = std::fabs(scales[e]) * std::sqrt(dot(z, z, r));
+    cosines[e] = scales[e] * dot(seen + e * r, hidden + e * r, r) * inverse_norms(f_norm, norms[e]);
   }
 }
 
 // Its backward.  Where a norm was clamped it is a constant.
-//   grams    [E, r, r]: Rᵀ R
+//   turned   [E, r]: Rᵀ R h
 //   dcosines [E]
 //   dseen    [E, r] out
 //   dhidden  [E, r] out
-//   turned   [r] scratch
 //   returns the coefficient of f in its gradient through |f|
 template <class A>
-MOELORA_HD A cosines_backward_row(int E, int r, const A* grams, const A* scales, A f_norm,
-                                  const A* seen, const A* hidden, const A* cosines, const A* norms,
-                                  const A* dcosines, A* dseen, A* dhidden, A* turned) {
+MOELORA_HD A cosines_backward_row(int E, int r, const A* scales, A f_norm, const A* seen,
+                                  const A* hidden, const A* turned, const A* cosines,
+                                  const A* norms, const A* dcosines, A* dseen, A* dhidden) {
   const A least = static_cast<A>(kSmallestNorm);
   A along = 0;
   for (int e = 0; e < E; ++e) {
-    const A *g = seen + e * r, *h = hidden + e * r;
     const A each = dcosines[e] * scales[e] * inverse_norms(f_norm, norms[e]);
-    const A product = dcosines[e] * cosines[e];
-    for (int j = 0; j < r; ++j) dseen[e * r + j] = each * h[j];
-    for (int j = 0; j < r; ++j) dhidden[e * r + j] = each * g[j];
-    if (norms[e] > least) {
-      const A ratio = scales[e] / norms[e], turn = product * ratio * ratio;
-      rotate(grams + e * r * r, h, r, turned);
-      for (int j = 0; j < r; ++j) dhidden[e * r + j] -= turn * turned[j];
+    const A product = dcosines[e] * cosines[e], ratio = scales[e] / norms[e];
+    const A turn = norms[e] > least ? product * ratio * ratio : A(0);
+    for (int j = e * r; j < (e + 1) * r; ++j) {
+      dseen[j] = each * hidden[j];
+      dhidden[j] = each * seen[j] - turn * turned[j];
     }
     along -= product;
   }

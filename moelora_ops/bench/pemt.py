@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import reference
 from ..nn import PEMTLinear
 from .method import (
     DTYPES,
@@ -229,7 +229,7 @@ PEMT = Method(
     # Hidden and Bᵀf of the experts; z and f and the adapter's hidden.
     memory_target=lambda case: (
         case.tokens
-        * ops.accumulator_dtype(DTYPES[case.dtype]).itemsize
+        * max(DTYPES[case.dtype].itemsize, 4)
         * (2 * case.experts * case.rank + case.bottleneck)
         + 2 * case.tokens * case.out_features * DTYPES[case.dtype].itemsize
         + 64 * case.tokens * case.experts
