@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> cosines(const Tensor& f, const Tensor& seen,
   return {cosines, norms, f_norm};
 }
 
-Tensor cosines_backward(const OptionalTensor& df_given, const Tensor& dcosines, const Tensor& f,
+Tensor cosines_backward(const Tensor& dcosines, const OptionalTensor& df_given, const Tensor& f,
                         const Tensor& seen, const Tensor& hidden, const Tensor& grams,
                         const Tensor& scales, const Tensor& cosines, const Tensor& norms,
                         const Tensor& f_norm, const Tensor& df, const Tensor& dhidden) {

@@ -90,6 +90,16 @@ _SCHEMAS = {
     "shrink": "(Tensor x, Tensor rows) -> Tensor hidden",
     "expand": "(Tensor hidden, Tensor rows, Tensor(a!) y, bool accumulate) -> ()",
     "outer": "(Tensor hidden, Tensor x) -> Tensor rows",
+    # PEMT's task sparsity loss.
+    "cosines": (
+        "(Tensor f, Tensor seen, Tensor hidden, Tensor rotations, Tensor scales)"
+        " -> (Tensor cosines, Tensor norms, Tensor f_norm)"
+    ),
+    "cosines_backward": (
+        "(Tensor dcosines, Tensor? df_given, Tensor f, Tensor seen, Tensor hidden, Tensor grams,"
+        " Tensor scales, Tensor cosines, Tensor norms, Tensor f_norm, Tensor(a!) df,"
+        " Tensor(b!) dhidden) -> Tensor dseen"
+    ),
 }
 
 # Who computes the frozen linear: the library in either direction, we forward, or we in both.
@@ -99,24 +109,12 @@ _LINEAR = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "linear_backward": "(Tensor dy, Tensor weight) -> Tensor",
 }
-# PEMT's task sparsity loss; elsewhere it is PyTorch in rank space (functional/cosines.py).
-_COSINES = {
-    "cosines": (
-        "(Tensor f, Tensor seen, Tensor hidden, Tensor rotations, Tensor scales)"
-        " -> (Tensor cosines, Tensor norms, Tensor f_norm)"
-    ),
-    "cosines_backward": (
-        "(Tensor? df_given, Tensor dcosines, Tensor f, Tensor seen, Tensor hidden, Tensor grams,"
-        " Tensor scales, Tensor cosines, Tensor norms, Tensor f_norm, Tensor(a!) df,"
-        " Tensor(b!) dhidden) -> Tensor dseen"
-    ),
-}
 
 _libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES.values()}
 for _operators in _libraries.values():
     for _name, _schema in _SCHEMAS.items():
         _operators.define(_name + _schema)
-for _name, _schema in (_LINEAR | _COSINES).items():
+for _name, _schema in _LINEAR.items():
     _libraries["moelora_ops"].define(_name + _schema)
 
 
@@ -137,8 +135,6 @@ _operators_of = {
 }
 linear = torch.ops.moelora_ops.linear.default
 linear_backward = torch.ops.moelora_ops.linear_backward.default
-cosines = torch.ops.moelora_ops.cosines.default
-cosines_backward = torch.ops.moelora_ops.cosines_backward.default
 
 
 def of(backend: str) -> Operators:
@@ -332,6 +328,19 @@ def _outer_fake(hidden: Tensor, x: Tensor) -> Tensor:
     return x.new_empty((hidden.shape[-1], x.shape[-1]))
 
 
+@_register_fake("cosines")
+def _cosines_fake(f: Tensor, seen: Tensor, hidden: Tensor, rotations: Tensor, scales: Tensor):
+    per_expert = (*f.shape[:-1], len(scales))
+    return _wide(f, *per_expert), _wide(f, *per_expert), _wide(f, math.prod(f.shape[:-1]))
+
+
+@_register_fake("cosines_backward")
+def _cosines_backward_fake(
+    dcosines, df_given, f, seen, hidden, grams, scales, cosines, norms, f_norm, df, dhidden
+):  # fmt: skip
+    return _wide(f, *seen.shape)
+
+
 @_register_fake("linear", "cpu")
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -340,16 +349,3 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @_register_fake("linear_backward", "cpu")
 def _linear_backward_fake(dy: Tensor, weight: Tensor) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], weight.shape[1]))
-
-
-@_register_fake("cosines", "cpu")
-def _cosines_fake(f: Tensor, seen: Tensor, hidden: Tensor, rotations: Tensor, scales: Tensor):
-    per_expert = (*f.shape[:-1], len(scales))
-    return _wide(f, *per_expert), _wide(f, *per_expert), _wide(f, math.prod(f.shape[:-1]))
-
-
-@_register_fake("cosines_backward", "cpu")
-def _cosines_backward_fake(
-    df_given, dcosines, f, seen, hidden, grams, scales, cosines, norms, f_norm, df, dhidden
-):  # fmt: skip
-    return _wide(f, *seen.shape)

@@ -12,6 +12,7 @@ from moelora_ops.backends import extension
 from moelora_ops.functional import expert_rotations
 
 pytestmark = pytest.mark.skipif(bool(extension.why_missing()), reason="the extension is not built")
+CPU = ops.of("cpu")
 LOW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -23,19 +24,19 @@ def forward_arguments(tokens=5, dtype=torch.float32):
 
 def backward_arguments(given=True, **options):
     f, seen, hidden, rotations, scales = forward_arguments(**options)
-    cosines, norms, f_norm = ops.cosines(f, seen, hidden, rotations, scales)
+    cosines, norms, f_norm = CPU.cosines(f, seen, hidden, rotations, scales)
     grams = rotations @ rotations.mT
     df_given = torch.randn_like(f) if given else None
     return [
-        df_given, torch.randn_like(cosines), f, seen, hidden, grams, scales, cosines, norms, f_norm,
+        torch.randn_like(cosines), df_given, f, seen, hidden, grams, scales, cosines, norms, f_norm,
         torch.empty_like(f), torch.empty_like(hidden),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("given", (True, False))
 def test_opcheck(given):
-    torch.library.opcheck(ops.cosines, forward_arguments())
-    torch.library.opcheck(ops.cosines_backward, backward_arguments(given))
+    torch.library.opcheck(CPU.cosines, forward_arguments())
+    torch.library.opcheck(CPU.cosines_backward, backward_arguments(given))
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
@@ -45,8 +46,8 @@ def test_bits_do_not_depend_on_threads_or_neighbours(dtype):
     backward = backward_arguments(tokens=150, dtype=dtype)
 
     def run(forward, backward):
-        dseen = ops.cosines_backward(*backward)
-        return [*ops.cosines(*forward), dseen, *(t.clone() for t in backward[-2:])]
+        dseen = CPU.cosines_backward(*backward)
+        return [*CPU.cosines(*forward), dseen, *(t.clone() for t in backward[-2:])]
 
     try:
         for threads in (1, 2, 3):
@@ -64,7 +65,7 @@ def test_bits_do_not_depend_on_threads_or_neighbours(dtype):
 
 FORWARD_NAMES = ("f", "seen", "hidden", "rotations", "scales")
 BACKWARD_NAMES = (
-    "df_given", "dcosines", "f", "seen", "hidden", "grams", "scales", "cosines", "norms", "f_norm",
+    "dcosines", "df_given", "f", "seen", "hidden", "grams", "scales", "cosines", "norms", "f_norm",
     "df", "dhidden",
 )  # fmt: skip
 
@@ -73,8 +74,8 @@ BACKWARD_NAMES = (
 def test_operators_refuse_what_does_not_fit(change):
     """Nothing is read or written beyond a tensor's end."""
     for operator, names, arguments in (
-        (ops.cosines, FORWARD_NAMES, list(forward_arguments())),
-        (ops.cosines_backward, BACKWARD_NAMES, backward_arguments()),
+        (CPU.cosines, FORWARD_NAMES, list(forward_arguments())),
+        (CPU.cosines_backward, BACKWARD_NAMES, backward_arguments()),
     ):
         for position, (name, t) in enumerate(zip(names, arguments, strict=True)):
             if change == "shorter":
@@ -92,9 +93,9 @@ def test_operators_refuse_what_does_not_fit(change):
 
 
 def test_no_tokens():
-    cosines, norms, f_norm = ops.cosines(*forward_arguments(tokens=0))
+    cosines, norms, f_norm = CPU.cosines(*forward_arguments(tokens=0))
     assert cosines.shape == norms.shape == (0, 2) and f_norm.shape == (0,)
-    assert ops.cosines_backward(*backward_arguments(tokens=0)).shape == (0, 6)
+    assert CPU.cosines_backward(*backward_arguments(tokens=0)).shape == (0, 6)
 
 
 @pytest.mark.parametrize("level", ("avx512_bf16", "avx512", "avx2", "portable"))

@@ -68,7 +68,7 @@ class _Cosines(torch.autograd.Function):
         ctx.backend = backend
         vectors, hidden = f.contiguous(), hidden.contiguous()
         rows = up_rows.flatten(0, 1).to(f.dtype)  # of another dtype under autocast
-        forward = ops.cosines if backend == "cpu" else _cosines
+        forward = _cosines if backend == "reference" else ops.of(backend).cosines
         with torch.autocast(f.device.type, enabled=False):
             seen = shrink(vectors, rows)
             cosines, norms, f_norm = forward(vectors, seen, hidden.flatten(-2), rotations, scales)
@@ -83,7 +83,9 @@ class _Cosines(torch.autograd.Function):
         if dcosines is None:
             return None, df, None, None, None, None
         f, hidden, rows, rotations, scales, seen, cosines, norms, f_norm = ctx.saved_tensors
-        backward = ops.cosines_backward if ctx.backend == "cpu" else _cosines_backward
+        backward = _cosines_backward
+        if ctx.backend != "reference":
+            backward = ops.of(ctx.backend).cosines_backward
         df_total, dhidden = f.new_empty(f.shape), hidden.new_empty(hidden.shape)
         each_token = [df_total, dhidden.flatten(-2), f, seen, hidden.flatten(-2)]
         each_token += [dcosines.contiguous(), cosines, norms, f_norm.unsqueeze(-1)]
@@ -94,7 +96,7 @@ class _Cosines(torch.autograd.Function):
             grams = torch.bmm(rotations, rotations.transpose(1, 2))
             for out, dh, v, g, h, dc, c, n, m, *given in _row_blocks(*each_token):
                 given, m = given[0] if given else None, m.squeeze(-1)
-                dseen = backward(given, dc, v, g, h, grams, scales, c, n, m, out, dh)
+                dseen = backward(dc, given, v, g, h, grams, scales, c, n, m, out, dh)
                 expand_(dseen, rows, out)
         return None, df_total, dhidden, None, None, None
 
@@ -105,7 +107,7 @@ def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.view(-1, t.shape[-1]).split(block) for t in tensors), strict=True)
 
 
-# ---------------------------------------------------------------- the operators, where no kernel is
+# ---------------------------------------------------------------- the operators in PyTorch
 
 
 def _cosines(f, seen, hidden, rotations, scales):
@@ -123,7 +125,7 @@ def _cosines(f, seen, hidden, rotations, scales):
 
 
 def _cosines_backward(
-    df_given, dcosines, f, seen, hidden, grams, scales, cosines, norms, f_norm, df, dhidden
+    dcosines, df_given, f, seen, hidden, grams, scales, cosines, norms, f_norm, df, dhidden
 ):  # fmt: skip
     """``ops.cosines_backward``."""
     E, r = grams.shape[:2]
@@ -131,11 +133,15 @@ def _cosines_backward(
     product = dcosines * cosines
     # Where a norm is clamped it is a constant.
     along = torch.where(m > _SMALLEST_NORM, -product.sum(-1, keepdim=True) / m.square(), 0.0)
-    df.copy_(f * along if df_given is None else torch.addcmul(df_given, f, along))
+    if df_given is None:
+        torch.mul(f, along, out=df)
+    else:
+        torch.addcmul(df_given, f, along, out=df)
     each = (dcosines * scales / _denominators(norms, m)).unsqueeze(-1)
     turn = torch.where(norms > _SMALLEST_NORM, product * (scales / norms).square(), 0.0)
     turned = torch.bmm(h.transpose(0, 1), grams).transpose(0, 1)
-    dhidden.view(-1, E, r).copy_(each * seen.view(-1, E, r) - turn.unsqueeze(-1) * turned)
+    dh = torch.mul(each, seen.view(-1, E, r), out=dhidden.view(-1, E, r))
+    dh.addcmul_(turn.unsqueeze(-1), turned, value=-1)
     return (each * h).flatten(1)
 
 

@@ -32,6 +32,8 @@ _MODULES = {
     "grid_backward": "grid",
     "output_gate_forward": "output_gate",
     "output_gate_backward": "output_gate",
+    "cosines": "cosines",
+    "cosines_backward": "cosines",
 }
 
 _OLDEST = (3, 6)

@@ -83,6 +83,19 @@ def check_like(t: Tensor, x: Tensor, shape: tuple[int, ...], name: str) -> None:
         raise RuntimeError(f"{name}: wanted a contiguous tensor")
 
 
+def check_wide(t: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """That `t` is contiguous, of this shape and float32.
+
+    Raises:
+        RuntimeError: it is not so; the message names `t`.
+    """
+    if t.dtype != torch.float32 or t.shape != shape or not t.is_contiguous():
+        raise RuntimeError(
+            f"{name}: wanted a contiguous float32 tensor {list(shape)}, got {list(t.shape)} in"
+            f" {t.dtype}"
+        )
+
+
 def experts(x: Tensor, lora_down: Tensor, lora_up: Tensor, name: str = "x") -> Rows:
     """x ``[..., K]`` as rows, if lora_down ``[E, r, K]`` and lora_up ``[E, r, N]`` are its experts.
 

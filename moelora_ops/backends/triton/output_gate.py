@@ -531,7 +531,7 @@ def output_gate_backward(
     _check(E, r, projection, factors, means, scales, tau, mask, normalization)
     for t, columns, name in ((hidden, E * r, "hidden"), (gates, E, "gates"), (dgates, E, "dgates")):
         if t is not None:
-            _check_wide(t, (T, columns), name)
+            launch.check_wide(t, (T, columns), name)
     wide = {"dtype": torch.float32}
     normalized = dx.new_empty((T, projection.shape[0]), **wide)
     dlogits, dtau = dx.new_empty((T, E), **wide), dx.new_empty((T, 1), **wide)
@@ -560,26 +560,18 @@ def _check(
     if normalization not in ops.NORMALIZATIONS.values():
         raise RuntimeError(f"normalization: {normalization} is none")
     layernorm = normalization == LAYERNORM.value
-    _check_wide(projection, (E * r + layernorm, E), "projection")
-    _check_wide(factors, (E, r, r), "factors")
-    _check_wide(scales, (E,), "scales")
-    _check_wide(tau, (1,), "tau")
+    launch.check_wide(projection, (E * r + layernorm, E), "projection")
+    launch.check_wide(factors, (E, r, r), "factors")
+    launch.check_wide(scales, (E,), "scales")
+    launch.check_wide(tau, (1,), "tau")
     if layernorm:
         if means is None:
             raise RuntimeError("means: layernorm needs them")
-        _check_wide(means, (E * r,), "means")
+        launch.check_wide(means, (E * r,), "means")
     if mask is not None and not (
         mask.dtype == torch.bool and mask.shape == (E,) and mask.is_contiguous()
     ):
         raise RuntimeError(f"mask: wanted one bool for each of {E} experts")
-
-
-def _check_wide(t: Tensor, shape: tuple[int, ...], name: str) -> None:
-    if t.dtype != torch.float32 or t.shape != shape or not t.is_contiguous():
-        raise RuntimeError(
-            f"{name}: wanted a contiguous float32 tensor {list(shape)}, got {list(t.shape)} in"
-            f" {t.dtype}"
-        )
 
 
 def _constants(E: int, r: int, normalization: int) -> tuple[dict, tiles.OutputGate]:

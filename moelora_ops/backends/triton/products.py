@@ -23,7 +23,7 @@ def shrink(x: Tensor, rows: Tensor) -> Tensor:
 def expand(hidden: Tensor, rows: Tensor, y: Tensor, accumulate: bool) -> None:
     """y ``[..., N]`` (+)= hidden, float32 ``[..., R]``, times rows ``[R, N]``, in y's dtype."""
     out = launch.rows_of(y, "y")
-    _check_hidden(hidden, (*y.shape[:-1], rows.shape[0]))
+    launch.check_wide(hidden, (*y.shape[:-1], rows.shape[0]), "hidden")
     launch.check_like(rows, y, (rows.shape[0], out.columns), "rows")
     _expand.run(out, launch.in_workspace(hidden, y), rows, accumulate=accumulate)
 
@@ -31,13 +31,5 @@ def expand(hidden: Tensor, rows: Tensor, y: Tensor, accumulate: bool) -> None:
 def outer(hidden: Tensor, x: Tensor) -> Tensor:
     """``[R, K]`` in x's dtype: hidden, float32 ``[..., R]``, transposed, times x ``[..., K]``."""
     wide = launch.rows_of(x, "x")
-    _check_hidden(hidden, (*x.shape[:-1], hidden.shape[-1]))
+    launch.check_wide(hidden, (*x.shape[:-1], hidden.shape[-1]), "hidden")
     return _outer.run(_outer.Side(wide, launch.in_workspace(hidden, x)))[0]
-
-
-def _check_hidden(hidden: Tensor, shape: tuple[int, ...]) -> None:
-    if hidden.dtype != torch.float32 or hidden.shape != shape or not hidden.is_contiguous():
-        raise RuntimeError(
-            f"hidden: wanted a contiguous float32 tensor {list(shape)}, got"
-            f" {list(hidden.shape)} in {hidden.dtype}"
-        )

@@ -315,6 +315,27 @@ def output_gate(num_experts: int, rank: int) -> OutputGate:
     return OutputGate(16, EP, C, min(width, max(64 // EP, 1)), 4)
 
 
+class Cosines(NamedTuple):
+    """How PEMT's cosines are computed.
+
+    Attributes:
+        BT: tokens of a block.
+        C: columns of an expert in one product.
+        BN: columns of f at once.
+        warps: of a block.
+    """
+
+    BT: int
+    C: int
+    BN: int
+    warps: int
+
+
+def cosines(rank: int) -> Cosines:
+    """The tile, which depends on nothing else, and so does the order of its sums."""
+    return Cosines(16, min(max(power_of_2(rank), LEAST_COLUMNS), 32), 256, 4)
+
+
 class Expand(NamedTuple):
     """How an expand runs.
 

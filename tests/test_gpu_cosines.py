@@ -1,0 +1,145 @@
+"""The cosines of PEMT's task sparsity loss on the GPU back ends, run on CPU tensors."""
+
+import pytest
+import torch
+
+from moelora_ops import ops
+from moelora_ops.bench import numerics
+from moelora_ops.functional import cosines as functional
+from moelora_ops.functional import expert_rotations
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+SCALES = (0.5, -2.0, 1.0, 0.0, 1.5, 1.0, 1.0)
+
+
+@pytest.fixture
+def operators(gpu_backend):
+    return ops.of(gpu_backend)
+
+
+def make(T, N, E, r, dtype, seed=0):
+    """Forward's arguments, among them a zero f, a zero hidden and a zero scale."""
+    random = torch.Generator().manual_seed(seed)
+    wide = ops.accumulator_dtype(dtype)
+
+    def normal(*shape, dtype=wide):
+        return torch.randn(shape, generator=random, dtype=F64).to(dtype)
+
+    f, seen, hidden = normal(T, N, dtype=dtype), normal(T, E * r), normal(T, E * r)
+    f[1:2] = 0
+    hidden[2:3, :r] = 0
+    rotations = expert_rotations(normal(E, r, N).to(wide))
+    return [f, seen, hidden, rotations, torch.tensor(SCALES[:E]).to(wide)]
+
+
+def make_backward(forward, saved, given=True, seed=1):
+    f, seen, hidden, rotations, scales = forward
+    random = torch.Generator().manual_seed(seed)
+    cosines, norms, f_norm = saved
+    dcosines = torch.randn(cosines.shape, generator=random, dtype=F64).to(cosines.dtype)
+    df = torch.randn(f.shape, generator=random, dtype=F64).to(f.dtype) if given else None
+    empty = torch.full_like(f, float("nan")), torch.full_like(hidden, float("nan"))
+    grams = rotations @ rotations.mT
+    return [dcosines, df, f, seen, hidden, grams, scales, cosines, norms, f_norm, *empty]
+
+
+def run(forward, backward, arguments, given=True):
+    """All results of both directions by name."""
+    saved = forward(*arguments)
+    arguments = make_backward(arguments, saved, given)
+    dseen = backward(*arguments)
+    names = ("cosines", "norms", "f_norm", "dseen", "df", "dhidden")
+    return dict(zip(names, (*saved, dseen, *arguments[-2:]), strict=True))
+
+
+# T, N, E, r: one token; multiples of nothing; ranks beyond a piece; of one, and beyond N.
+@pytest.mark.parametrize(
+    ("shape", "arch", "dtype", "given"),
+    [
+        ((1, 40, 2, 8), 80, F32, True),
+        ((37, 200, 3, 20), 90, BF16, True),
+        ((20, 33, 2, 64), 80, F16, False),
+        ((33, 300, 6, 16), 90, F32, False),
+        ((18, 64, 7, 1), 80, BF16, True),
+        ((17, 264, 1, 70), 90, BF16, True),
+        ((35, 70, 3, 9), 80, F64, True),
+    ],
+    ids=str,
+)
+def test_cosines(gpu_backend, gpu, operators, shape, arch, dtype, given):
+    """Against float64, no worse than PyTorch on the same inputs."""
+    if gpu_backend == "triton" and dtype == F64:
+        pytest.skip("Triton's kernels do not compute in float64")
+    arguments = make(*shape, dtype)
+    with gpu(arch):
+        got = run(operators.cosines, operators.cosines_backward, arguments, given)
+    composite = functional._cosines, functional._cosines_backward
+    plain = run(*composite, arguments, given)
+    want = run(*composite, [t.to(F64) for t in arguments], given)
+    for name, tensor in got.items():
+        error = numerics.error(tensor, want[name])
+        limit = numerics.budget(numerics.error(plain[name], want[name]), tensor.dtype)
+        assert error.rms <= limit.rms and error.max <= limit.max, (name, error, limit)
+
+
+def test_strided_rows(gpu, operators):
+    """f and what reaches it with rows apart; the same bits."""
+    arguments = make(20, 40, 3, 8, BF16)
+    with gpu(80):
+        want = run(operators.cosines, operators.cosines_backward, arguments)
+        for distance in (41, 48):
+            memory = torch.full((20, distance), float("nan"), dtype=BF16)
+            memory[:, :40] = arguments[0]
+            strided = [memory[:, :40], *arguments[1:]]
+            got = run(operators.cosines, operators.cosines_backward, strided)
+            assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_token_does_not_depend_on_its_neighbours(gpu, operators):
+    arguments = make(40, 72, 3, 24, BF16)
+    with gpu(90):
+        whole = operators.cosines(*arguments)
+        few = [t[7:30].contiguous() if len(t) == 40 else t for t in arguments]
+        for alone, every in zip(operators.cosines(*few), whole, strict=True):
+            assert torch.equal(alone, every[7:30])
+
+
+def test_no_tokens_is_no_launch(gpu, operators):
+    arguments = make(0, 40, 2, 8, F32)
+    with gpu() as device:
+        got = run(operators.cosines, operators.cosines_backward, arguments)
+        assert not device.launches
+    assert got["cosines"].shape == (0, 2) and got["dseen"].shape == (0, 16)
+
+
+NAMES = {
+    "cosines": ("f", "seen", "hidden", "rotations", "scales"),
+    "cosines_backward": (
+        "dcosines", "df_given", "f", "seen", "hidden", "grams", "scales", "cosines", "norms",
+        "f_norm", "df", "dhidden",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ("shorter", "dtype", "strides"))
+def test_operators_called_directly_do_not_leave_their_memory(gpu, operators, change):
+    forward = make(9, 40, 2, 8, F32)
+    backward = make_backward(forward, functional._cosines(*forward))
+    with gpu() as device:
+        for operator, arguments in (("cosines", forward), ("cosines_backward", backward)):
+            for position, (name, t) in enumerate(zip(NAMES[operator], arguments, strict=True)):
+                if change == "shorter":
+                    bad = t[..., :-1].contiguous()
+                elif change == "dtype":
+                    bad = t.half()
+                elif t.dim() > 1 and name not in ("f", "df_given"):  # rows of any stride
+                    bad = t.transpose(0, 1).contiguous().transpose(0, 1)
+                else:
+                    continue
+                if name == "f" and operator == "cosines" and change != "strides":
+                    continue  # of any width and dtype
+                with pytest.raises(RuntimeError):
+                    getattr(operators, operator)(
+                        *arguments[:position], bad, *arguments[position + 1 :]
+                    )
+        assert not device.launches
