@@ -42,6 +42,7 @@ TESTS = {
         "tests/test_gpu_products.py",
         "tests/test_gpu_mixes.py",
         "tests/test_gpu_grouped.py",
+        "tests/test_gpu_cosines.py",
     ],
     "triton": ["tests/test_triton.py"],
     "cuda": ["tests/test_cuda.py", "tests/test_cuda_wgmma.py"],

@@ -9,7 +9,7 @@ from moelora_ops.functional import cosines as functional
 from moelora_ops.functional import expert_rotations
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-SCALES = (0.5, -2.0, 1.0, 0.0, 1.5, 1.0, 1.0)
+SCALES = (0.5, -2.0, 1.0, 0.25, 1.5, 1.0, 1.0)
 
 
 @pytest.fixture
@@ -18,18 +18,16 @@ def operators(gpu_backend):
 
 
 def make(T, N, E, r, dtype, seed=0):
-    """Forward's arguments, among them a zero f, a zero hidden and a zero scale."""
+    """The arguments of ``ops.cosines``."""
     random = torch.Generator().manual_seed(seed)
     wide = ops.accumulator_dtype(dtype)
 
     def normal(*shape, dtype=wide):
         return torch.randn(shape, generator=random, dtype=F64).to(dtype)
 
-    f, seen, hidden = normal(T, N, dtype=dtype), normal(T, E * r), normal(T, E * r)
-    f[1:2] = 0
-    hidden[2:3, :r] = 0
-    rotations = expert_rotations(normal(E, r, N).to(wide))
-    return [f, seen, hidden, rotations, torch.tensor(SCALES[:E]).to(wide)]
+    f, hidden, up = normal(T, N, dtype=dtype), normal(T, E * r), normal(E, r, N)
+    seen = f.to(wide) @ up.flatten(0, 1).T
+    return [f, seen, hidden, expert_rotations(up), torch.tensor(SCALES[:E]).to(wide)]
 
 
 def make_backward(forward, saved, given=True, seed=1):
@@ -52,11 +50,11 @@ def run(forward, backward, arguments, given=True):
     return dict(zip(names, (*saved, dseen, *arguments[-2:]), strict=True))
 
 
-# T, N, E, r: one token; multiples of nothing; ranks beyond a piece; of one, and beyond N.
+# T, N, E, r: multiples of 8, of nothing; ranks beyond a piece; of one, and beyond N.
 @pytest.mark.parametrize(
     ("shape", "arch", "dtype", "given"),
     [
-        ((1, 40, 2, 8), 80, F32, True),
+        ((24, 40, 2, 8), 80, F32, True),
         ((37, 200, 3, 20), 90, BF16, True),
         ((20, 33, 2, 64), 80, F16, False),
         ((33, 300, 6, 16), 90, F32, False),
@@ -80,6 +78,20 @@ def test_cosines(gpu_backend, gpu, operators, shape, arch, dtype, given):
         error = numerics.error(tensor, want[name])
         limit = numerics.budget(numerics.error(plain[name], want[name]), tensor.dtype)
         assert error.rms <= limit.rms and error.max <= limit.max, (name, error, limit)
+
+
+def test_norms_of_zero(gpu, operators):
+    """Of f, of an expert's hidden, and of all that an expert of scale 0 says."""
+    arguments = make(20, 40, 3, 8, F32)
+    f, seen, hidden, _, scales = arguments
+    f[1] = seen[1] = hidden[2, :8] = scales[2] = 0
+    with gpu(90):
+        got = run(operators.cosines, operators.cosines_backward, arguments)
+    want = run(functional._cosines, functional._cosines_backward, arguments)
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, want[name], msg=name)
+    assert not got["cosines"][1].any() and not got["cosines"][2, 0] and got["cosines"][3, 0]
+    assert not got["cosines"][:, 2].any()
 
 
 def test_strided_rows(gpu, operators):

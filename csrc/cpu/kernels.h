@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "mix/cosines.h"
 #include "mix/gated.h"
 #include "mix/grid.h"
 #include "mix/output_gate.h"
@@ -173,27 +174,6 @@ struct OutputGating {
   int hidden_columns() const { return E * r; }
   int mixed_columns() const { return E * r; }
   int input_columns() const { return E * r + (normalization == Normalization::kLayerNorm ? 1 : 0); }
-};
-
-// PEMT's cosines, see mix/cosines.h.
-struct Cosines {
-  int64_t T, N;
-  int E, r;
-  const void* f;  // [T, N], ldf
-  int64_t ldf;
-  const void *seen, *hidden;  // A [T, E, r]
-  const void* factors;        // A [E, r, r]: rotations, or backward grams
-  const void* scales;         // A [E]
-  void* f_norm;               // A [T]
-  void *norms, *cosines;      // A [T, E]
-};
-struct CosinesForward : Cosines {};
-struct CosinesBackward : Cosines {
-  const void* dcosines;  // A [T, E]
-  const void* df_given;  // [T, N], lddf, or null: what reaches f from elsewhere
-  int64_t lddf;
-  void* df;               // [T, N]: df_given and what comes through |f|
-  void *dseen, *dhidden;  // A [T, E, r]
 };
 
 // The frozen linear: y_t = weight x_t + bias over K terms, or backward y_t = weightᵀ x_t over N

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "mix/cosines.h"
 #include "mix/gated.h"
 #include "mix/grid.h"
 #include "mix/host_device.h"
@@ -436,5 +437,8 @@ void launch_mix(DType dtype, const Shrink& p, const OutputGateForward& mix, cons
                 const Expand& expand, void* stream);
 void launch_mix(DType dtype, const Shrink& p, const OutputGateBackward& mix, const ShrinkPlan& plan,
                 void* stream);
+
+void launch_cosines(DType dtype, const CosinesForward& p, void* stream);
+void launch_cosines_backward(DType dtype, const CosinesBackward& p, void* stream);
 
 }  // namespace moelora::cuda

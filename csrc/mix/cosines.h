@@ -5,10 +5,32 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "mix/rotate.h"
 
 namespace moelora {
+
+// A call on T tokens.  A: accumulator type of the tensors; strides count elements.
+struct Cosines {
+  int64_t T, N;
+  int E, r;
+  const void* f;  // [T, N], ldf
+  int64_t ldf;
+  const void *seen, *hidden;  // A [T, E, r]
+  const void* factors;        // A [E, r, r]: rotations, or backward grams
+  const void* scales;         // A [E]
+  void* f_norm;               // A [T]
+  void *norms, *cosines;      // A [T, E]
+};
+struct CosinesForward : Cosines {};
+struct CosinesBackward : Cosines {
+  const void* dcosines;  // A [T, E]
+  const void* df_given;  // [T, N], lddf, or null: what reaches f from elsewhere
+  int64_t lddf;
+  void* df;               // [T, N]: df_given and what comes through |f|
+  void *dseen, *dhidden;  // A [T, E, r]
+};
 
 constexpr double kSmallestNorm = 1e-8;  // as torch.nn.functional.cosine_similarity
 
