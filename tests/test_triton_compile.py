@@ -13,7 +13,9 @@ if WHY_MISSING:
 import triton
 import triton.language as tl
 
+from moelora_ops import ops
 from tools.gpu_emulator import emulated_gpu
+from tools.gpu_emulator.on_cpu import on_cpu_tensors
 from tools.gpu_traffic import gates
 from tools.gpu_traffic.cases import usual
 
@@ -62,6 +64,21 @@ def test_kernels(call, gpu):
     assert not any(missed.values()), missed
     # The gates themselves look at something: each direction has its products.
     assert sum(gates.has_products(build) for build in kernels) >= 2
+
+
+@pytest.mark.parametrize("gpu", gates.ARCHS, ids=str)
+def test_kernels_of_the_cosines(gpu):
+    f, hidden, per_expert = torch.zeros(32, 4096, dtype=BRAIN), torch.zeros(32, 384), (32, 6)
+    matrices, scales = torch.zeros(6, 64, 64), torch.zeros(6)
+    operators, saved = ops.of("triton"), [torch.zeros(per_expert) for _ in range(2)]
+    with on_cpu_tensors("triton"), emulated_gpu(*gpu) as driver:
+        *_, f_norm = operators.cosines(f, hidden, hidden, matrices, scales)
+        operators.cosines_backward(
+            saved[0], f, f, hidden, hidden, matrices, scales, *saved, f_norm, f.clone(),
+            hidden.clone(),
+        )  # fmt: skip
+    missed = {launch.name: gates.problems(launch.build) for launch in driver.launches}
+    assert len(missed) == 2 and not any(missed.values()), missed
 
 
 # Kernels that no gate may let pass.
