@@ -8,12 +8,33 @@ linear's, and the back end, whose operators run.  A plain function computes the 
 all there is without a graph), and a class of the same name adds the gradient.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+
+
+def plain_backward(backward: Callable) -> Callable:
+    """A backward that is not differentiated, and whose products autocast leaves alone."""
+
+    @once_differentiable
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        device_type = next((g.device.type for g in gradients if g is not None), "meta")
+        if not torch.amp.is_autocast_available(device_type):
+            return backward(ctx, *gradients)
+        if not torch.is_autocast_enabled(device_type):
+            return backward(ctx, *gradients)
+        with torch.autocast(device_type, enabled=False):
+            return backward(ctx, *gradients)
+
+    return run
+
 
 # ---------------------------------------------------------------- the frozen linear
 
@@ -152,7 +173,7 @@ class TopkMixture(torch.autograd.Function):
         return y, counts, prob_sums
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, dy: Tensor | None, _dcounts, dprob_sums: Tensor | None):
         x, weight, lora_down, lora_up, router, seed, saved = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -224,7 +245,7 @@ class GatedMixture(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, dy: Tensor):
         x, weight, *tensors, row_map, seed, hidden = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -291,7 +312,7 @@ class GridMixture(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, dy: Tensor):
         x, weight, *tensors, hidden = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -357,7 +378,7 @@ class AveragedMixture(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, dy: Tensor):
         x, weight, *tensors, hidden = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -427,7 +448,7 @@ class OutputGateMixture(torch.autograd.Function):
         return y, gates
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, dy: Tensor | None, dgates: Tensor | None):
         x, weight, *tensors, hidden, gates = ctx.saved_tensors
         lora_down, lora_up, projection, tau, factors, means, scales, mask = tensors
@@ -464,7 +485,7 @@ class Shrink(torch.autograd.Function):
         return ops.of(backend).shrink(x, rows)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, dhidden: Tensor):
         x, rows = ctx.saved_tensors
         dhidden = dhidden.contiguous()
@@ -487,9 +508,11 @@ def expand_mixture(
     rows: Tensor,
 ) -> tuple[Tensor]:
     """Frozen linear, or a given y, plus ``hidden @ rows``; x may be None beside a given y."""
-    y, _, _ = _start(x, weight, bias, base_output, False, base_product)
-    ops.of(backend).expand(hidden, rows, y, True)
-    return (y,)
+    y, start, accumulate = _start(x, weight, bias, base_output, expand_first, base_product)
+    if start is not None:
+        y.copy_(start)
+    ops.of(backend).expand(hidden, rows, y, accumulate or start is not None)
+    return (_finish(y, x, weight, accumulate),)
 
 
 class ExpandMixture(torch.autograd.Function):
@@ -505,7 +528,7 @@ class ExpandMixture(torch.autograd.Function):
         return expand_mixture(*arguments)[0]
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, dy: Tensor):
         x, weight, hidden, rows = ctx.saved_tensors
         dy = dy.contiguous()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .companions import Companion, plain_name
-from .reference import combine_prompts
+from .reference import combine_prompts, no_autocast
 
 # Order of a T5 stack's positional arguments.
 _STACK_ARGUMENTS = (
@@ -146,7 +146,9 @@ class _TaskPrompt(Companion):
                 return (), kwargs  # the model says what is missing
             embeds = encoder.embed_tokens(kwargs.pop("input_ids"))
         prompt = self().to(embeds.dtype).expand(len(embeds), -1, -1)
-        kwargs["inputs_embeds"] = torch.cat([prompt, embeds], 1)
+        # Autocast refuses to join 16-bit tensors of another dtype than its own.
+        with no_autocast(embeds.device.type):
+            kwargs["inputs_embeds"] = torch.cat([prompt, embeds], 1)
         mask = kwargs.get("attention_mask")
         if mask is not None:
             kwargs["attention_mask"] = self._with_prompt(mask, embeds.shape[1])

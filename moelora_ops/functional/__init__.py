@@ -1,8 +1,9 @@
 """The methods as stateless functions: validate, apply autocast, run the chosen back end."""
 
+from ..autograd import plain_backward
 from ..reference import Routing
 from .averaged import averaged
-from .common import check_dropout, check_finite, check_top_k, is_number
+from .common import autocast_dtype, check_dropout, check_finite, check_top_k, is_number
 from .cosines import expert_cosines, expert_rotations
 from .gated import gated
 from .mola import mola
@@ -12,6 +13,7 @@ from .products import expand, expand_, linear_expand, shrink
 
 __all__ = [
     "Routing",
+    "autocast_dtype",
     "averaged",
     "check_dropout",
     "check_finite",
@@ -26,5 +28,6 @@ __all__ = [
     "mola",
     "mole",
     "mor1e",
+    "plain_backward",
     "shrink",
 ]

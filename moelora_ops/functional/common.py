@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import backends, ops
 from ..backends import extension
@@ -309,7 +310,7 @@ def run_mixture(
     # The adapter first and the library's GEMM with beta = 1 on top is free in float32, while on a
     # CPU it costs 1 % in bfloat16 (docs/design.md).
     library = base_product == ops.LIBRARY
-    expand_first = library and (x.dtype == torch.float32 or not on_cpu)
+    expand_first = library and (x.dtype == torch.float32 or not on_cpu or _is_watched())
     if bias is not None:
         bias = bias.contiguous()
     # Outside autograd its bookkeeping is a tenth of what a single token costs.
@@ -321,6 +322,14 @@ def run_mixture(
         return results
     y, *others = results
     return y.view(*x.shape[:-1], y.shape[-1]), *others
+
+
+def _is_watched() -> bool:
+    """Whether somebody may keep what the library computes, as selective checkpointing does.
+
+    We would add to it in place, and to what was kept again when the forward pass is run again.
+    """
+    return not torch.compiler.is_compiling() and is_in_torch_dispatch_mode()
 
 
 def backend_for(x: Tensor, mix: str = "") -> str:

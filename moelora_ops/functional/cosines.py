@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
+from ..autograd import plain_backward
 from . import common
 from .products import expand_, shrink
 
@@ -75,10 +75,10 @@ class _Cosines(torch.autograd.Function):
         ctx.save_for_backward(
             vectors, hidden, rows, rotations, scales, seen, cosines, norms, f_norm
         )
-        return f.view_as(f), cosines
+        return f.detach(), cosines  # no view, which nobody could change in place
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, df, dcosines):
         if dcosines is None:
             return None, df, None, None, None, None
@@ -91,13 +91,12 @@ class _Cosines(torch.autograd.Function):
         each_token += [dcosines.contiguous(), cosines, norms, f_norm.unsqueeze(-1)]
         if df is not None:
             each_token.append(df.contiguous())
-        with torch.autocast(f.device.type, enabled=False):
-            # Through |R h| the gradient is along Rᵀ R h.
-            grams = torch.bmm(rotations, rotations.transpose(1, 2))
-            for out, dh, v, g, h, dc, c, n, m, *given in _row_blocks(*each_token):
-                given, m = given[0] if given else None, m.squeeze(-1)
-                dseen = backward(dc, given, v, g, h, grams, scales, c, n, m, out, dh)
-                expand_(dseen, rows, out)
+        # Through |R h| the gradient is along Rᵀ R h.
+        grams = torch.bmm(rotations, rotations.transpose(1, 2))
+        for out, dh, v, g, h, dc, c, n, m, *given in _row_blocks(*each_token):
+            given, m = given[0] if given else None, m.squeeze(-1)
+            dseen = backward(dc, given, v, g, h, grams, scales, c, n, m, out, dh)
+            expand_(dseen, rows, out)
         return None, df_total, dhidden, None, None, None
 
 

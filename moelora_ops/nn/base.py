@@ -67,7 +67,8 @@ class AdapterLinear(LooksLikeBase, nn.Module):
         base = self.base
         # Exactly nn.Linear: quantised layers subclass it; hooks and parametrisations need the call.
         return type(base) is nn.Linear and not (
-            base._forward_hooks
+            "forward" in base.__dict__  # replaced, as accelerate does
+            or base._forward_hooks
             or base._forward_pre_hooks
             or base._backward_hooks
             or base._backward_pre_hooks

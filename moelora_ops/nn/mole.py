@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import functional, reference
 from ..functional.mole import OutputFactors, gate_projection, output_factors
 from .base import AdapterLinear
+from .kept import state_of, to_be_kept
 from .loras import stack_loras
 from .mole_gate import (
     GATE_STATE,
@@ -29,12 +30,12 @@ class Derived(NamedTuple):
     """What follows from a layer's frozen experts.
 
     Attributes:
-        version: of ``lora_up`` at the time.
+        state: of ``lora_up`` at the time, see :func:`state_of`.
         scales: ``[E]`` in float32 or wider.
         factors: of :func:`output_factors`.
     """
 
-    version: int
+    state: tuple
     scales: Tensor
     factors: OutputFactors
 
@@ -77,7 +78,8 @@ class MoLELinear(AdapterLinear):
     Buffers:
         lora_down: ``[E, r, in_features]``.
         lora_up: ``[E, r, out_features]``, the B transposed.  What follows from it is computed once
-            and again after a change in place, but a change through ``.data`` goes unnoticed.
+            and again after a change in place; a change through ``.data`` goes unnoticed (one of the
+            gate until the next :meth:`train` or :meth:`eval`).
         expert_mask: bool ``[E]`` (if gated), may be assigned at any time, also as a list; False
             removes an expert.
 
@@ -144,6 +146,8 @@ class MoLELinear(AdapterLinear):
             return self.shared_gate[0].run(self, x)
         known = self.derived()
         gate, compact = self.gate, self.compact
+        if torch.is_grad_enabled():
+            self._kept = None  # what follows may be a step of a fused optimiser, see state_of
         if not compact and self._may_keep_projection():
             gate, compact = self._projection(known.scales), True
         y, gates = functional.mole(
@@ -160,7 +164,7 @@ class MoLELinear(AdapterLinear):
         # Compiled code cannot ask for a version; there only what replaces the experts is noticed.
         known = self._derived
         if known is None or not (
-            torch.compiler.is_compiling() or known.version == _version(self.lora_up)
+            torch.compiler.is_compiling() or known.state == state_of(self.lora_up)
         ):
             known = self._derived = _derive(self)
         return known
@@ -175,9 +179,9 @@ class MoLELinear(AdapterLinear):
 
     def _projection(self, scales: Tensor) -> Tensor:
         """P ``[E, r, E]`` of the present gate."""
-        key = (self.gate.data_ptr(), _version(self.gate), _version(self.lora_up))
+        key = state_of(self.gate, self.lora_up)
         if self._kept is None or self._kept[0] != key:
-            with reference.no_autocast(self.gate.device.type):
+            with to_be_kept(), reference.no_autocast(self.gate.device.type):
                 rows = gate_projection(
                     self.gate, self.lora_up, scales, self.normalization, False, None
                 )
@@ -232,13 +236,13 @@ class MoLELinear(AdapterLinear):
         )
 
 
-@torch.no_grad()
 def _derive(layer: MoLELinear) -> Derived:
-    up = layer.lora_up.detach()
-    wide = torch.promote_types(up.dtype, torch.float32)
-    scales = torch.tensor(layer.scales, dtype=wide, device=up.device)
-    factors = output_factors(up, scales, layer.normalization == "layernorm")
-    return Derived(_version(layer.lora_up), scales, factors)
+    with to_be_kept():
+        up = layer.lora_up.detach()
+        wide = torch.promote_types(up.dtype, torch.float32)
+        scales = torch.tensor(layer.scales, dtype=wide, device=up.device)
+        factors = output_factors(up, scales, layer.normalization == "layernorm")
+    return Derived(state_of(layer.lora_up), scales, factors)
 
 
 def empty_loras(
@@ -246,8 +250,3 @@ def empty_loras(
 ) -> list[tuple[Tensor, Tensor, float]]:
     """LoRAs without values, of the shapes that a layer with this rank and these scales has."""
     return [(torch.empty(rank, in_features), torch.empty(out_features, rank), s) for s in scales]
-
-
-def _version(t: Tensor) -> int:
-    """Grows with every change in place; inference tensors do not count them."""
-    return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version

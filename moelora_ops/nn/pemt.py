@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import functional, reference
 from ..reference import Agreement, Expert
 from .base import AdapterLinear
-from .checks import check_bool, check_choice, check_count
+from .checks import check_bool, check_choice, check_count, check_dtype
+from .kept import state_of, to_be_kept
 from .loras import stack_loras
 from .pemt_adapter import PEMTAdapter, required_ffn_input, share_parameters
 
@@ -47,7 +47,8 @@ class PEMTLinear(AdapterLinear):
         loras: experts of the source tasks, each a tuple ``(A [r, in], B [out, r], scale)``, for
             adapters ``(A, B, scale, a [r], b [out])``, such as
             :class:`moelora_ops.reference.Expert`.  Ranks may differ; lower ones are padded with
-            zeros.  They are copied and frozen.
+            zeros.  They are copied and frozen.  What follows from them is computed once and again
+            after a change in place; a change through ``.data`` goes unnoticed.
         activation: φ: None for LoRAs, ``"gelu_tanh"`` for PEMT's adapters, ``"relu"``, ``"gelu"``.
         gate_query: ``"input"`` takes q from x, ``"encoder"`` from `encoder_states`; None for no
             gate, then forward needs `weights`.
@@ -117,7 +118,7 @@ class PEMTLinear(AdapterLinear):
         self.encoder_states: Tensor | None = None
         self.ffn_input: Tensor | None = None
         self.agreement: Agreement | None = None
-        self._frozen: tuple[list, _Frozen] | None = None
+        self._frozen: tuple[list, tuple, _Frozen] | None = None
         self.reset_parameters()
 
     def _stack_biases(self, biases: list[Tensor], length: int) -> nn.Parameter:
@@ -174,6 +175,7 @@ class PEMTLinear(AdapterLinear):
             length, rows = self.prompt_length if queries else 0, self.lora_down.detach()
             # dx of our functions is nobody else's: it may be added to.
             own_dx = not shares or self.base_is_linear()
+            check_dtype(x, self.lora_down)
             x, query, hidden = _Taps.apply(x, length, rows if compares else None, own_dx)
         if weights is None:
             weights = self._gate(query, encoder_states)
@@ -188,7 +190,7 @@ class PEMTLinear(AdapterLinear):
                 up_bias=self.up_bias, **self.base_arguments(x),
             )  # fmt: skip
         if self.residual:
-            z = z + ffn_input
+            z = z + ffn_input.to(z.dtype)
         f = z if self.adapter is None else self.adapter(z)
         cosines = None
         if compares:
@@ -248,18 +250,35 @@ class PEMTLinear(AdapterLinear):
     def _frozen_outputs(self) -> _Frozen:
         """Made once for as long as the experts stay."""
         ups = [t for t in (self.lora_up, self.up_bias) if t is not None]
-        # A compiler cannot compare addresses; it notices another tensor by itself.
-        at = [0 if torch.compiler.is_compiling() else t.data_ptr() for t in ups]
-        key = [at, *((t._version, t.dtype) for t in ups)]
         # Of parameters that FSDP2 gathers, a version says nothing; frozen ones stay as they are.
         trained = any(t.requires_grad for t in ups)
-        if trained or self._frozen is None or self._frozen[0] != key:
-            up_rows = self.lora_up.detach()
-            if self.biases:
-                up_rows = torch.cat([up_rows, self.up_bias.detach()[:, None]], 1)
-            rotations = functional.expert_rotations(up_rows)
-            self._frozen = key, _Frozen(up_rows, rotations, rotations.new_tensor(self.scales))
-        return self._frozen[1]
+        known, state = self._frozen, (self.scales, state_of(*ups))
+        # Compiled code cannot ask for a version; there only what replaces the experts is noticed.
+        if (
+            known is None
+            or trained
+            or not (
+                all(old is new for old, new in zip(known[0], ups, strict=True))
+                and (torch.compiler.is_compiling() or known[1] == state)
+            )
+        ):
+            with to_be_kept(), reference.no_autocast(self.lora_up.device.type):
+                up_rows = self.lora_up.detach()
+                if self.biases:
+                    up_rows = torch.cat([up_rows, self.up_bias.detach()[:, None]], 1)
+                rotations = functional.expert_rotations(up_rows)
+                made = _Frozen(up_rows, rotations, rotations.new_tensor(self.scales))
+            known = ups, (list(self.scales), state[1]), made
+            self._frozen = None if trained else known
+        return known[2]
+
+    def _apply(self, fn, recurse=True):
+        self._frozen = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._frozen = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     @classmethod
     def from_reference(cls, layer: reference.PEMTLinear) -> "PEMTLinear":
@@ -301,27 +320,28 @@ class _Taps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, prompt_length: int, lora_down: Tensor | None, own_dx: bool):
         ctx.set_materialize_grads(False)
-        ctx.prompt_length, ctx.lora_down, ctx.own_dx = prompt_length, None, own_dx
+        ctx.prompt_length, ctx.own_dx = prompt_length, own_dx
         ctx.shape, ctx.like = x.shape, {"dtype": x.dtype, "device": x.device}
         query = hidden = x.new_empty(0)  # not None, which a compiler would not differentiate
         if prompt_length:
             query = reference.prompt_query(x, prompt_length)
         if lora_down is not None:
-            ctx.lora_down = lora_down.flatten(0, 1)
-            hidden = functional.shrink(x, ctx.lora_down)
-        return x.view_as(x), query, hidden
+            hidden = functional.shrink(x, lora_down.flatten(0, 1))
+        ctx.save_for_backward(lora_down)
+        return x.detach(), query, hidden  # no view, which nobody could change in place
 
     @staticmethod
-    @once_differentiable
+    @functional.plain_backward
     def backward(ctx, dx: Tensor | None, dquery: Tensor | None, dhidden: Tensor | None):
+        (lora_down,) = ctx.saved_tensors
         if dx is None:  # y itself is not in the loss
             dx = torch.zeros(ctx.shape, **ctx.like)
         elif not (ctx.own_dx and dx.is_contiguous()):
             dx = dx.clone(memory_format=torch.contiguous_format)
         if ctx.prompt_length and dquery is not None:
             dx[:, : ctx.prompt_length] += (dquery / ctx.prompt_length).unsqueeze(1).to(dx.dtype)
-        if ctx.lora_down is not None and dhidden is not None:
-            functional.expand_(dhidden, ctx.lora_down, dx)
+        if lora_down is not None and dhidden is not None:
+            functional.expand_(dhidden, lora_down.flatten(0, 1), dx)
         return dx, None, None, None
 
 

@@ -16,7 +16,8 @@ from ..functional.mole import (
     sequence_mean,
 )
 from ..reference import Gating
-from .checks import check_count
+from .checks import check_count, check_dtype
+from .kept import state_of, to_be_kept
 from .mole import Derived, MoLELinear
 from .mole_gate import check_arguments, checked_expert_mask, gating_of, new_gate, tau_of
 
@@ -49,8 +50,9 @@ class SharedGate(Companion):
         log_tau: ``[1]``, zero.
         expert_mask: bool ``[E]``.
 
-    Limits: under reentrant gradient checkpointing the followers must be in the same checkpointed
-    part as the leaders (a block's are; for a network-wise gate use the other mode).
+    Limits: under gradient checkpointing the leaders must be in one checkpointed part, since what is
+    computed again must be what was computed; with the reentrant mode the followers too (a block's
+    are; for a network-wise gate use the other mode).
     """
 
     arguments: ClassVar[tuple[str, ...]] = (
@@ -101,6 +103,8 @@ class SharedGate(Companion):
     def __setattr__(self, name: str, value) -> None:
         if name == "expert_mask":
             value = checked_expert_mask(value, self)
+        if name in ("expert_mask", "sequence_mask"):
+            self._seen = None
         super().__setattr__(name, value)
 
     def attach(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
@@ -124,15 +128,17 @@ class SharedGate(Companion):
         index = _position(layer, self._members)
         if index is None:
             weights = self._take_over(layer, x)
+            if self.granularity == "sequence" and x.dim() != 3:  # x [..., length, in_features]
+                weights = weights.unsqueeze(-2).expand(*x.shape[:-1], -1)
             return functional.gated(
                 x, lora_down=layer.lora_down, lora_up=layer.lora_up, weights=weights,
                 scale=layer.derived().scales, **layer.base_arguments(x),
             )  # fmt: skip
-        recording = torch.is_grad_enabled()
-        is_first = self._input is not x or self._recording != recording or index not in self._hidden
+        state = torch.is_grad_enabled(), state_of(x, self.gate, self.log_tau, self.expert_mask)
+        is_first = self._input is not x or self._seen != state or index not in self._hidden
         if is_first:
-            self._input, self._recording = x, recording
             self._hidden = self._gate(x)
+            self._input, self._seen = x, state
         weights = self.gates * layer.derived().scales
         if self.granularity == "sequence":
             weights = weights.unsqueeze(-2)
@@ -149,6 +155,7 @@ class SharedGate(Companion):
         """Sets the gates for x; returns the hidden ``[..., E, r]`` of each leader."""
         _check_sequences(self, x)
         leaders = self._members
+        check_dtype(x, leaders[0].lora_down)
         hidden = [
             functional.shrink(x, layer.lora_down.flatten(0, 1)).unflatten(
                 -1, (self.num_experts, layer.rank)
@@ -186,7 +193,6 @@ class SharedGate(Companion):
             rest.append(rows[own:])
         return torch.cat([torch.cat(blocks, 1).flatten(0, 1), sum(rest)])
 
-    @torch.no_grad()
     def _block_factors(self) -> OutputFactors:
         """The factors of the one linear that the leaders are together, computed once."""
         parts = tuple(leader.derived() for leader in self._members)
@@ -194,13 +200,14 @@ class SharedGate(Companion):
             torch.compiler.is_compiling()
             or all(old is new for old, new in zip(self._factors[0], parts, strict=True))
         ):
-            scaled = [
-                leader.lora_up.to(part.scales.dtype) * part.scales[:, None, None]
-                for leader, part in zip(self._members, parts, strict=True)
-            ]
-            blocks = torch.stack([torch.block_diag(*ups) for ups in zip(*scaled, strict=True)])
-            centered = self.normalization == "layernorm"
-            self._factors = parts, output_factors(blocks, 1.0, centered)
+            with to_be_kept():
+                scaled = [
+                    leader.lora_up.to(part.scales.dtype) * part.scales[:, None, None]
+                    for leader, part in zip(self._members, parts, strict=True)
+                ]
+                blocks = torch.stack([torch.block_diag(*ups) for ups in zip(*scaled, strict=True)])
+                centered = self.normalization == "layernorm"
+                self._factors = parts, output_factors(blocks, 1.0, centered)
         return self._factors[1]
 
     def literal_gates(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -255,7 +262,7 @@ class SharedGate(Companion):
         self.gates: Tensor | None = None
         self._factors: tuple[tuple[Derived, ...], OutputFactors] | None = None
         self._input: Tensor | None = None
-        self._recording = False
+        self._seen: tuple | None = None  # under which the input was gated
         self._hidden: dict[int, Tensor] = {}
 
     def __getstate__(self):

@@ -92,7 +92,7 @@ class TaskRouter(nn.Module):
         if self.normalize:
             square = x.to(wide).square().mean(-1, keepdim=True)
             x = (x * torch.rsqrt(square + _EPSILON)).to(x.dtype)
-        keys = x if past is None else torch.cat([past[0], x], 1)
+        keys = x if past is None else _behind(past[0], x)
         if mask is not None:
             if mask.shape != keys.shape[:2]:
                 raise ValueError(
@@ -100,7 +100,7 @@ class TaskRouter(nn.Module):
                 )
             mask = mask.to(device=x.device) != 0
         attended = self._attend(x, keys, mask) + x
-        seen = attended if past is None else torch.cat([past[1], attended], 1)
+        seen = attended if past is None else _behind(past[1], attended)
         real = torch.ones_like(seen[..., 0], dtype=torch.bool) if mask is None else mask
         real = real.unsqueeze(-1)
         terms = seen.to(wide).where(real, 0)
@@ -136,3 +136,9 @@ def _attention(x: Tensor, keys: Tensor, **options) -> Tensor:
     """softmax(x keysᵀ/√d) keys, with one head."""
     keys = keys.unsqueeze(1)
     return F.scaled_dot_product_attention(x.unsqueeze(1), keys, keys, **options).squeeze(1)
+
+
+def _behind(past: Tensor, present: Tensor) -> Tensor:
+    """Both; autocast refuses to join 16-bit tensors of another dtype than its own."""
+    with reference.no_autocast(present.device.type):
+        return torch.cat([past, present], 1)
