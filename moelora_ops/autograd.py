@@ -508,10 +508,10 @@ def expand_mixture(
     rows: Tensor,
 ) -> tuple[Tensor]:
     """Frozen linear, or a given y, plus ``hidden @ rows``; x may be None beside a given y."""
-    y, start, accumulate = _start(x, weight, bias, base_output, expand_first, base_product)
-    if start is not None:
-        y.copy_(start)
-    ops.of(backend).expand(hidden, rows, y, accumulate or start is not None)
+    y, bias_left, accumulate = _start(x, weight, bias, base_output, expand_first, base_product)
+    if bias_left is not None:
+        y.copy_(bias_left)
+    ops.of(backend).expand(hidden, rows, y, accumulate or bias_left is not None)
     return (_finish(y, x, weight, accumulate),)
 
 

@@ -48,7 +48,7 @@ class PEMTLinear(AdapterLinear):
             adapters ``(A, B, scale, a [r], b [out])``, such as
             :class:`moelora_ops.reference.Expert`.  Ranks may differ; lower ones are padded with
             zeros.  They are copied and frozen.  What follows from them is computed once and again
-            after a change in place; a change through ``.data`` goes unnoticed.
+            after a change in place (not by compiled code); one through ``.data`` goes unnoticed.
         activation: φ: None for LoRAs, ``"gelu_tanh"`` for PEMT's adapters, ``"relu"``, ``"gelu"``.
         gate_query: ``"input"`` takes q from x, ``"encoder"`` from `encoder_states`; None for no
             gate, then forward needs `weights`.
