@@ -78,8 +78,8 @@ class MoLELinear(AdapterLinear):
     Buffers:
         lora_down: ``[E, r, in_features]``.
         lora_up: ``[E, r, out_features]``, the B transposed.  What follows from it is computed once
-            and again after a change in place (not by compiled code); a change through ``.data`` goes
-            unnoticed (one of the gate until the next :meth:`train` or :meth:`eval`).
+            and again after a change in place (not by compiled code); one through ``.data`` goes
+            unnoticed (of the gate until the next :meth:`train` or :meth:`eval`).
         expert_mask: bool ``[E]`` (if gated), may be assigned at any time, also as a list; False
             removes an expert.
 
