@@ -26,9 +26,8 @@ def plain_backward(backward: Callable) -> Callable:
     @functools.wraps(backward)
     def run(ctx, *gradients):
         device_type = next((g.device.type for g in gradients if g is not None), "meta")
-        if not torch.amp.is_autocast_available(device_type):
-            return backward(ctx, *gradients)
-        if not torch.is_autocast_enabled(device_type):
+        autocast = torch.amp.is_autocast_available(device_type)
+        if not autocast or not torch.is_autocast_enabled(device_type):
             return backward(ctx, *gradients)
         with torch.autocast(device_type, enabled=False):
             return backward(ctx, *gradients)

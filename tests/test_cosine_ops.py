@@ -1,11 +1,9 @@
 """The CPU's operators for PEMT's cosines: schemas, bits, levels, and what they refuse."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from cosine_operators import CHANGES, assert_refused
+from isa_levels import ISA_LEVELS, run_at
 
 from moelora_ops import ops
 from moelora_ops.backends import extension
@@ -63,33 +61,10 @@ def test_bits_do_not_depend_on_threads_or_neighbours(dtype):
         assert torch.equal(got, every[few])
 
 
-FORWARD_NAMES = ("f", "seen", "hidden", "rotations", "scales")
-BACKWARD_NAMES = (
-    "dcosines", "df_given", "f", "seen", "hidden", "grams", "scales", "cosines", "norms", "f_norm",
-    "df", "dhidden",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("change", ("shorter", "dtype", "strides"))
+@pytest.mark.parametrize("change", CHANGES)
 def test_operators_refuse_what_does_not_fit(change):
-    """Nothing is read or written beyond a tensor's end."""
-    for operator, names, arguments in (
-        (CPU.cosines, FORWARD_NAMES, list(forward_arguments())),
-        (CPU.cosines_backward, BACKWARD_NAMES, backward_arguments()),
-    ):
-        for position, (name, t) in enumerate(zip(names, arguments, strict=True)):
-            if change == "shorter":
-                wrong = t[..., :-1].contiguous()
-            elif change == "dtype":
-                wrong = t.double()
-            elif t.dim() > 1 and name not in ("f", "df_given"):  # rows of any stride
-                wrong = t.transpose(0, 1).contiguous().transpose(0, 1)
-            else:
-                continue
-            if name == "f" and change == "shorter":
-                continue  # of any width, in forward
-            with pytest.raises(RuntimeError):
-                operator(*arguments[:position], wrong, *arguments[position + 1 :])
+    assert_refused(CPU, "cosines", forward_arguments(), change)
+    assert_refused(CPU, "cosines_backward", backward_arguments(), change)
 
 
 def test_no_tokens():
@@ -98,24 +73,11 @@ def test_no_tokens():
     assert CPU.cosines_backward(*backward_arguments(tokens=0)).shape == (0, 6)
 
 
-@pytest.mark.parametrize("level", ("avx512_bf16", "avx512", "avx2", "portable"))
+@pytest.mark.parametrize("level", ISA_LEVELS)
 def test_every_isa_level(level):
-    if level not in torch.ops.moelora_ops.cpu_isa_levels():
-        pytest.skip(f"{level} is not built")
-    program = (
-        "import sys, test_pemt_cosines as tests\n"
-        "from moelora_ops.backends import extension\n"
-        f"if extension.isa_level() != {level!r}: sys.exit(77)\n"
+    run_at(
+        level,
+        "import test_pemt_cosines as tests\n"
         "for dtype in tests.LOW_DTYPES:\n"
-        "    tests.assert_within_budget(dtype, 200, 19, 64)\n"
+        "    tests.assert_within_budget(dtype, 200, 19, 64)\n",
     )
-    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"MOELORA_CPU_ISA": level, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 77:
-        pytest.skip(f"this processor lacks {level}")
-    assert done.returncode == 0, done.stderr[-3000:]

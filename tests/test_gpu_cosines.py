@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cosine_operators import CHANGES, assert_refused
 
 from moelora_ops import ops
 from moelora_ops.bench import numerics
@@ -124,34 +125,11 @@ def test_no_tokens_is_no_launch(gpu, operators):
     assert got["cosines"].shape == (0, 2) and got["dseen"].shape == (0, 16)
 
 
-NAMES = {
-    "cosines": ("f", "seen", "hidden", "rotations", "scales"),
-    "cosines_backward": (
-        "dcosines", "df_given", "f", "seen", "hidden", "grams", "scales", "cosines", "norms",
-        "f_norm", "df", "dhidden",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", ("shorter", "dtype", "strides"))
+@pytest.mark.parametrize("change", CHANGES)
 def test_operators_called_directly_do_not_leave_their_memory(gpu, operators, change):
     forward = make(9, 40, 2, 8, F32)
     backward = make_backward(forward, functional._cosines(*forward))
     with gpu() as device:
-        for operator, arguments in (("cosines", forward), ("cosines_backward", backward)):
-            for position, (name, t) in enumerate(zip(NAMES[operator], arguments, strict=True)):
-                if change == "shorter":
-                    bad = t[..., :-1].contiguous()
-                elif change == "dtype":
-                    bad = t.half()
-                elif t.dim() > 1 and name not in ("f", "df_given"):  # rows of any stride
-                    bad = t.transpose(0, 1).contiguous().transpose(0, 1)
-                else:
-                    continue
-                if name == "f" and operator == "cosines" and change != "strides":
-                    continue  # of any width and dtype
-                with pytest.raises(RuntimeError):
-                    getattr(operators, operator)(
-                        *arguments[:position], bad, *arguments[position + 1 :]
-                    )
+        assert_refused(operators, "cosines", forward, change)
+        assert_refused(operators, "cosines_backward", backward, change)
         assert not device.launches

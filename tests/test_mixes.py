@@ -1,12 +1,9 @@
 """The dense mixes through their public functions: the float64 reference, bits, contracts."""
 
-import os
-import subprocess
-import sys
-
 import mixes
 import pytest
 import torch
+from isa_levels import ISA_LEVELS, run_at
 from mixes import MIXES, SIZES, Size, cases, make_inputs, run
 
 from moelora_ops import functional, ops, use_backend
@@ -14,7 +11,6 @@ from moelora_ops.backends import extension
 
 pytestmark = pytest.mark.skipif(bool(extension.why_missing()), reason=extension.why_missing())
 
-ISA_LEVELS = ("avx512_bf16", "avx512", "avx2", "portable")
 CASES = [pytest.param(*c, id="-".join(map(str, c))) for c in cases()]
 SMALL = Size((3, 4), 6, 8, 3, 2)
 VARIANTS = [pytest.param(n, v, id=f"{n}-{v}") for n, m in MIXES.items() for v in m.variants]
@@ -50,29 +46,16 @@ def test_a_sum_over_thousands_of_rows_errs_no_more_than_one_over_experts(name, v
 
 @pytest.mark.parametrize("level", ISA_LEVELS)
 def test_every_isa_level(level):
-    """Some of the cases at each level, in a process of its own as the level is chosen once."""
-    if level not in torch.ops.moelora_ops.cpu_isa_levels():
-        pytest.skip(f"{level} is not built")
-    program = (
-        "import sys, torch, test_mixes\n"
+    """Some of the cases at each level."""
+    run_at(
+        level,
+        "import torch, test_mixes\n"
         "from mixes import cases\n"
-        "from moelora_ops.backends import extension\n"
-        f"if extension.isa_level() != {level!r}: sys.exit(77)\n"
         "for name, variant, size in cases():\n"
         "    if size.K in (130, 200, 256):\n"
         "        for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "            test_mixes.assert_within_budget(name, variant, size, dtype)\n"
+        "            test_mixes.assert_within_budget(name, variant, size, dtype)\n",
     )
-    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"MOELORA_CPU_ISA": level, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 77:
-        pytest.skip(f"this processor lacks {level}")
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)

@@ -8,6 +8,7 @@ import cases
 import pytest
 import torch
 from cases import DTYPES, QUANTITIES, SHAPES, Shape, make_inputs, run
+from isa_levels import ISA_LEVELS, run_at
 
 from moelora_ops import backends, functional, ops, use_backend
 from moelora_ops.backends import extension
@@ -61,38 +62,19 @@ def test_many_rows_per_token():
     assert_within_budget(Shape(12, 24, 40, 128, 24, 90), torch.float32, strategy="grouped")
 
 
-ISA_LEVELS = ("avx512_bf16", "avx512", "avx2", "portable")
-
-
 @pytest.mark.parametrize("level", ISA_LEVELS)
 def test_every_isa_level(level):
-    """The same cases at each level, in a process of its own as the level is chosen once."""
-    if level not in torch.ops.moelora_ops.cpu_isa_levels():
-        pytest.skip(f"{level} is not built")
-    program = (
-        "import test_ops, sys, torch\n"
+    """The same cases at each level."""
+    run_at(
+        level,
+        "import test_ops\n"
         "from cases import SHAPES, DTYPES\n"
-        "from moelora_ops.backends import extension\n"
-        f"if extension.isa_level() != {level!r}: sys.exit(77)\n"
         # Single tokens are too few to compare errors of.
         "for shape in (s for s in SHAPES if s.T == 0 or s.T > 4):\n"
         "    for dtype in DTYPES:\n"
         "        for variant in ('renormalized', 'dropout-balance'):\n"
-        "            test_ops.assert_within_budget(shape, dtype, **test_ops.VARIANTS[variant])\n"
+        "            test_ops.assert_within_budget(shape, dtype, **test_ops.VARIANTS[variant])\n",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ
-        | {
-            "MOELORA_CPU_ISA": level,
-            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
-        },
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 77:
-        pytest.skip(f"this processor lacks {level}")
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_unknown_isa_level_is_said():

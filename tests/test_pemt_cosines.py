@@ -5,21 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moelora_ops import backends
-from moelora_ops.backends import extension
 from moelora_ops.bench import numerics
 from moelora_ops.functional import expert_cosines, expert_rotations
 
 N = 8
-
-
-@pytest.fixture(params=("cpu", "reference"), autouse=True)
-def backend(request):
-    """By the kernels, and by PyTorch, as on a GPU."""
-    if request.param == "cpu" and extension.why_missing():
-        pytest.skip("the extension is not built")
-    with backends.use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def cosine_inputs(n_out=N, rank=3, experts=2, tokens=5):

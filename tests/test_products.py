@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moelora_ops import backends, functional
+from moelora_ops import functional
 from moelora_ops.backends import extension
 from moelora_ops.bench import numerics
 from moelora_ops.nn import MoLALinear
@@ -13,14 +13,7 @@ from moelora_ops.nn import MoLALinear
 BATCH, LENGTH, K, N, R = 2, 21, 24, 20, 11
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FORMS = ("linear", "without bias", "base_output")
-
-
-@pytest.fixture(params=("cpu", "reference"), autouse=True)
-def backend(request):
-    if request.param == "cpu" and extension.why_missing():
-        pytest.skip("the extension is not built")
-    with backends.use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def inputs(dtype=torch.float64, form="linear"):

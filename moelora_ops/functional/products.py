@@ -1,4 +1,4 @@
-"""The skeleton's outer products alone: what gates and losses in rank space are made of.
+"""The skeleton's first and last product alone: what gates and losses in rank space are made of.
 
 With them nothing as long as an output has to exist per expert: the inner product of an output
 ``B_e H_e`` with a vector v is ``<B_eᵀ v, H_e>``.
